@@ -1,0 +1,32 @@
+"""Seam ``optimizer``: a name in ``optimizer.type`` -> something that builds a torch optimizer.
+
+The entry is usually an optimizer class. Contract: ``ds_core.testing.optimizer``. Names are matched in lower case.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+__all__ = ["OptimizerFactory", "ScaledStep"]
+
+
+class OptimizerFactory(Protocol):
+    """Builds an optimizer over plain local tensors."""
+
+    def __call__(self, param_groups: list[dict[str, Any]], /, **params: Any) -> Optimizer:
+        """Return the optimizer; ``params`` are the keys of ``optimizer.params``, passed on as they are.
+
+        Raises:
+            TypeError: for a key it does not know. The engine turns it into an error naming the key.
+        """
+
+
+@runtime_checkable
+class ScaledStep(Protocol):
+    """Optional: an optimizer that multiplies its gradients by a factor in the same pass as the update."""
+
+    def step_scaled(self, factor: float) -> None:
+        """Update as ``step()`` would on gradients multiplied by ``factor``; what it leaves in ``.grad`` is its own."""

@@ -1,0 +1,135 @@
+"""Seam ``partition``: where parameters, gradients, masters and optimizer state live, and which collectives keep them right.
+
+The entry name is the ZeRO stage (``1``, ``2``, ``3``), ``replicated`` for stage 0, or ``partition.type`` for one that
+is not DeepSpeed's. Contract: ``ds_core.testing.partition``.
+
+The order of calls, the same on every rank::
+
+    for each micro-batch:  begin_backward(reduce=is_boundary)  -> autograd ->  end_backward()
+    at the boundary:       reduce() -> [optimizer.step on the tensors of optimizer_groups() -> publish()] -> clear_gradients()
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    import torch
+    from torch import Tensor, nn
+    from torch.distributed import ProcessGroup
+
+    from ds_core.config import Config, Section
+    from ds_core.interfaces.logical import Piece
+    from ds_core.interfaces.precision import PrecisionPlan
+
+__all__ = ["Partition", "PartitionInputs", "SquaredNorm"]
+
+
+@dataclass(frozen=True)
+class PartitionInputs:
+    """What a partition is built from."""
+
+    module: nn.Module
+    """On its device, equal on every rank."""
+    param_groups: Sequence[Mapping[str, Any]]
+    """Groups as for a torch optimizer; ``params`` lists parameters of ``module``, frozen ones left out."""
+    names: Mapping[nn.Parameter, str]
+    """Every parameter of ``module`` by its (first) name."""
+    plan: PrecisionPlan
+    group: ProcessGroup
+    """The data-parallel group."""
+    device: torch.device
+    config: Config
+
+
+@dataclass(frozen=True)
+class SquaredNorm:
+    """This rank's share of the squared gradient norm; the sum over ``groups`` is the whole, each element once."""
+
+    value: Tensor
+    """``[]``, float64 or float32."""
+    groups: tuple[ProcessGroup, ...] = field(default=())
+
+
+class Partition(ABC):
+    """Executes the precision's plan for the parameters of one engine."""
+
+    Config: ClassVar[type[Section] | None] = None
+    """Options of its own, ``partition.<name>``."""
+
+    def __init__(self, inputs: PartitionInputs) -> None:
+        """Collective over ``inputs.group``. May cast or move parameters and put hooks on them and their modules."""
+
+    @property
+    @abstractmethod
+    def loss_factor(self) -> float:
+        """Multiplied into the loss, so that the reduced gradient is the mean over ranks. 1.0 on one rank."""
+
+    @abstractmethod
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """Return the groups given, with ``params`` replaced by what the optimizer updates here.
+
+        Plain local tensors, never DTensors; each is the data of exactly one of :meth:`optimizer_pieces`.
+        """
+
+    @abstractmethod
+    def optimizer_pieces(self) -> Sequence[Piece]:
+        """Return the identity of each tensor of :meth:`optimizer_groups`, in the same order."""
+
+    @abstractmethod
+    def begin_backward(self, *, reduce: bool) -> None:
+        """Called before autograd runs; ``reduce`` is True for the backward that ends an accumulation window.
+
+        A second backward with ``reduce`` in one window adds to the gradients of the first.
+        """
+
+    @abstractmethod
+    def end_backward(self) -> None:
+        """Called after autograd ran. Starts what collectives have not been started by hooks; does not wait."""
+
+    @abstractmethod
+    def abort_backward(self) -> None:
+        """Called instead of :meth:`end_backward` when autograd raised: later calls must not mistake what is there."""
+
+    @abstractmethod
+    def reduce(self) -> SquaredNorm:
+        """Wait for the collectives; afterwards the optimizer's tensors have their reduced gradient in ``.grad``.
+
+        A parameter that no rank used has ``.grad`` None.
+        """
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Bring what the optimizer updated to the parameters the model computes with."""
+
+    @abstractmethod
+    def clear_gradients(self) -> None:
+        """Forget all gradients, at the end of a step or when a checkpoint is loaded."""
+
+    @abstractmethod
+    def pieces(self) -> Iterable[Piece]:
+        """Return what this rank holds of weights, buffers and masters, for saving and for loading in place."""
+
+    @abstractmethod
+    def gradient_pieces(self) -> Iterable[Piece]:
+        """Return the gradients accumulated so far in an unfinished window; empty at a boundary."""
+
+    @abstractmethod
+    def restore_gradients(self, pieces: Iterable[Piece]) -> None:
+        """Continue the window whose :meth:`gradient_pieces` these are."""
+
+    @abstractmethod
+    def after_load(self) -> None:
+        """Called once the tensors of :meth:`pieces` were filled: makes the copies agree. Collective."""
+
+    def report(self) -> Mapping[str, str]:
+        """Return what a user may want to know: option or buffer -> its effect here."""
+        return {}
+
+    @abstractmethod
+    def destroy(self) -> None:
+        """Take hooks off and drop buffers. Safe to repeat; called without any collective."""
