@@ -1,0 +1,9 @@
+"""What tests of ds packages share: contract suites of the seams, functions on N ranks, a counter of live memory.
+
+- ``ds_core.testing.<seam>``: the suite of each seam, a class that a plugin's test inherits.
+- ``ds_core.testing.ranks``: ``run_ranks`` runs functions on N gloo ranks of one spawn.
+- ``ds_core.testing.memory``: ``LiveStorage`` counts the bytes of live tensor storages.
+- ``ds_core.testing.state``: ``reset_globals`` resets what a process has only one of.
+
+The suites need pytest; nothing here is imported by the rest of ds-core.
+"""
