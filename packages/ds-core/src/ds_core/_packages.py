@@ -52,8 +52,10 @@ PACKAGE_OF_ATTRIBUTE: dict[str, tuple[str, str]] = {
     "revert_transformer_layer": ("ds-inference", "ds_inference"),
     "tp_model_init": ("ds-inference", "ds_inference"),
     "set_autotp_mode": ("ds-inference", "ds_inference"),
+    "inference": ("ds-inference", "ds_inference"),
+    "model_implementations": ("ds-inference", "ds_inference.model_implementations"),
 }
-"""Root name -> (distribution, module): a submodule where the module ends in the name, else an attribute of the module."""
+"""Root name -> (distribution, module that has it: itself, where the module is called like the name)."""
 
 LATER: dict[str, str] = {
     "OnDevice": "ds-core",
@@ -69,5 +71,14 @@ LATER: dict[str, str] = {
     "compile": "ds-core",
     "utils": "ds-core",
     "DeepSpeedOptimizer": "ds-fp16",
+    "DeepSpeedOptimizerCallable": "ds-core",
+    "DeepSpeedSchedulerCallable": "ds-core",
+    "is_compile_supported": "ds-core",
+    "HAS_TRITON": "ds-kernels",
+    "io": "ds-ckpt",
+    "nebula": "ds-ckpt",
+    "constants": "ds-compat",
+    "dist": "ds-compat",
+    "runtime": "ds-compat",
 }
 """Root names of DeepSpeed's that come with a later release of the named package."""
