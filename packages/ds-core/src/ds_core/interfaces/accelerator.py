@@ -37,6 +37,10 @@ class Accelerator(ABC):
     @abstractmethod
     def current_device(self) -> int: ...
 
+    def current_device_name(self) -> str:
+        """Return the device this process works on, such as ``"cuda:0"``; every CPU is ``"cpu"``."""
+        return self.device_name(self.current_device())
+
     @abstractmethod
     def synchronize(self, device_index: int | None = None) -> None: ...
 
