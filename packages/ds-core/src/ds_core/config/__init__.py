@@ -1,0 +1,60 @@
+"""The configuration: every section and key, checked all at once. Loads no torch.
+
+>>> from ds_core.config import load_config
+>>> load_config({"train_micro_batch_size_per_gpu": 2}, dp_world_size=4).train_batch_size
+8
+"""
+
+from __future__ import annotations
+
+from ds_core.config.batch import BatchSizes, resolve_batch
+from ds_core.config.choices import CheckpointSection, PartitionSection, PrecisionSection
+from ds_core.config.config import Config
+from ds_core.config.face import DeepSpeedConfig
+from ds_core.config.loading import find_problems, load_config
+from ds_core.config.monitors import CsvMonitorSection
+from ds_core.config.optimizer import OptimizerSection, SchedulerSection
+from ds_core.config.precision import Bf16Section, Fp16Section, TorchAutocastSection
+from ds_core.config.problems import Problem
+from ds_core.config.section import Count, DtypeName, Int, NotBuilt, Number, PositiveInt, Section, key
+from ds_core.config.zero import OffloadOptimizerSection, OffloadParamSection, ZeroSection
+from ds_core.errors import ConfigError
+
+DeepSpeedConfigError = ConfigError
+
+__all__ = [
+    # loading
+    "Config",
+    "ConfigError",
+    "Problem",
+    "find_problems",
+    "load_config",
+    # what a plugin's own section is made of
+    "Count",
+    "DtypeName",
+    "Int",
+    "NotBuilt",
+    "Number",
+    "PositiveInt",
+    "Section",
+    "key",
+    # sections
+    "Bf16Section",
+    "CheckpointSection",
+    "CsvMonitorSection",
+    "Fp16Section",
+    "OffloadOptimizerSection",
+    "OffloadParamSection",
+    "OptimizerSection",
+    "PartitionSection",
+    "PrecisionSection",
+    "SchedulerSection",
+    "TorchAutocastSection",
+    "ZeroSection",
+    # batch arithmetic
+    "BatchSizes",
+    "resolve_batch",
+    # DeepSpeed's names
+    "DeepSpeedConfig",
+    "DeepSpeedConfigError",
+]

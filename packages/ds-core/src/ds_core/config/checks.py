@@ -1,0 +1,132 @@
+"""Rules across keys and sections: each returns its problems for a configuration whose sections are valid by themselves.
+
+A rule runs only when none of the sections it reads has a problem of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ds_core import registry
+from ds_core._packages import PACKAGE_OF_PLUGIN
+from ds_core.config.problems import Problem, dotted
+from ds_core.config.section import AUTO, show
+
+if TYPE_CHECKING:
+    from ds_core.config.choices import ChoiceSection
+    from ds_core.config.config import Config
+
+__all__ = ["check", "unresolved"]
+
+Rule = Callable[["Config"], Iterator[Problem]]
+
+
+def check(config: Config, invalid: set[str]) -> list[Problem]:
+    """Return the problems of ``config`` that show only when several keys are seen together.
+
+    Args:
+        config: the configuration, with defaults in place of the sections in ``invalid``.
+        invalid: top-level keys that already have a problem.
+    """
+    return [problem for reads, rule in RULES if invalid.isdisjoint(reads) for problem in rule(config)]
+
+
+def unresolved(config: Config) -> Iterator[Problem]:
+    """Return where ``"auto"`` was left in arguments of the optimizer and the scheduler, which have no default here."""
+    for name in ("optimizer", "scheduler"):
+        section = getattr(config, name)
+        for path, value in _leaves(section.params if section else {}, (name, "params")):
+            if value == AUTO:
+                yield Problem(
+                    dotted(path), '"auto" was not replaced by a value', f'give a value, or remove "{path[-1]}"'
+                )
+
+
+def _leaves(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, (*path, str(key)))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _leaves(item, (*path, index))
+    elif isinstance(value, str):
+        yield path, value
+
+
+def _one_precision(config: Config) -> Iterator[Problem]:
+    if config.fp16.enabled and config.bf16.enabled:
+        yield Problem(
+            "fp16.enabled",
+            "got true, and bf16.enabled is true as well",
+            "enable one of the two, bf16 if the device has it",
+        )
+
+
+def _own_precision(config: Config) -> Iterator[Problem]:
+    for name in ("fp16", "bf16", "torch_autocast"):
+        if config.precision.type is not None and getattr(config, name).enabled:
+            yield Problem(
+                "precision.type",
+                f"got {show(config.precision.type)}, and {name}.enabled is true as well",
+                f'remove "type" from "precision", or set "enabled" of "{name}" to false',
+            )
+
+
+def _own_partition(config: Config) -> Iterator[Problem]:
+    if config.partition.type is not None and config.zero_optimization.stage > 0:
+        yield Problem(
+            "partition.type",
+            f"got {show(config.partition.type)}, and zero_optimization.stage is {config.zero_optimization.stage}",
+            'remove "type" from "partition", or set "stage" to 0',
+        )
+
+
+def _offload_ratio(config: Config) -> Iterator[Problem]:
+    offload = config.zero_optimization.offload_optimizer
+    if offload is not None and offload.ratio < 1 and config.zero_optimization.stage != 3:
+        yield Problem(
+            "zero_optimization.offload_optimizer.ratio",
+            f"got {offload.ratio}, below 1 is possible at stage 3 only, not at stage {config.zero_optimization.stage}",
+            'set "ratio" to 1, or "stage" to 3',
+        )
+
+
+def _no_max_grad_norm(config: Config) -> Iterator[Problem]:
+    if config.optimizer is not None and "max_grad_norm" in config.optimizer.params:
+        yield Problem(
+            "optimizer.params.max_grad_norm",
+            "is not an argument of the optimizer",
+            'write it as "gradient_clipping" at the top level',
+        )
+
+
+def _plugin_names(section_name: str) -> Rule:
+    def rule(config: Config) -> Iterator[Problem]:
+        section: ChoiceSection = getattr(config, section_name)
+        unknown = [name for name in section.options if name != section.chosen]
+        if not unknown:
+            return
+        known = {*registry.names(section.seam), *(name for seam, name in PACKAGE_OF_PLUGIN if seam == section.seam)}
+        # What is not installed may still be a plugin's name; only what looks like a slip of a known word is refused.
+        words = {*known, *section.fields_by_key(), *filter(None, [section.chosen])}
+        for name in unknown:
+            close = [] if name in known else difflib.get_close_matches(name, words, n=1, cutoff=0.8)
+            if close:
+                yield Problem(f"{section_name}.{name}", "no plugin is called so", f'did you mean "{close[0]}"?')
+
+    return rule
+
+
+RULES: list[tuple[set[str], Rule]] = [
+    ({"fp16", "bf16"}, _one_precision),
+    ({"precision", "fp16", "bf16", "torch_autocast"}, _own_precision),
+    ({"partition", "zero_optimization"}, _own_partition),
+    ({"zero_optimization"}, _offload_ratio),
+    ({"optimizer"}, _no_max_grad_norm),
+    ({"checkpoint"}, _plugin_names("checkpoint")),
+    ({"precision"}, _plugin_names("precision")),
+    ({"partition"}, _plugin_names("partition")),
+]
+"""(top-level keys the rule reads, the rule)."""

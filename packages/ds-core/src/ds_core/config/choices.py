@@ -1,0 +1,93 @@
+"""Sections that choose a plugin by name and hold its options: ``checkpoint``, ``precision`` and ``partition``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from ds_core.config.section import NotBuilt, Section
+
+__all__ = ["CheckpointSection", "ChoiceSection", "ParallelWriteSection", "PartitionSection", "PrecisionSection"]
+
+
+class ChoiceSection(Section):
+    """A section with a key that names a plugin; further keys are sub-sections, each for the plugin of that name."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, dict[str, Any]] = Field(init=False)
+
+    seam: ClassVar[str]
+    """The seam whose plugins may be named."""
+
+    @property
+    def chosen(self) -> str | None:
+        """The name of the plugin asked for, or None where the core chooses."""
+        raise NotImplementedError
+
+    @property
+    def options(self) -> dict[str, dict[str, Any]]:
+        """The sub-sections as given, by plugin; not checked yet."""
+        return self.__pydantic_extra__ or {}
+
+
+class ParallelWriteSection(Section):
+    """Which ranks write what every data-parallel rank holds."""
+
+    pipeline_stage: Annotated[bool, NotBuilt(False)] = False
+    """Spread the layers of a pipeline stage over its data-parallel ranks."""
+
+
+def _titled(value: Any) -> Any:
+    return value.capitalize() if isinstance(value, str) else value
+
+
+class CheckpointSection(ChoiceSection):
+    """How ``save_checkpoint`` and ``load_checkpoint`` work; options of an engine are in the sub-section of its name."""
+
+    seam = "checkpoint"
+
+    engine: Annotated[str, Field(min_length=1)] = "plain"
+    """Which engine stores checkpoints: an entry of ``ds_core.checkpoint``."""
+    tag_validation: Annotated[Literal["Warn", "Ignore", "Fail"], BeforeValidator(_titled)] = "Warn"
+    """What to do when ranks save under different tags; any case."""
+    load_universal: Annotated[bool, NotBuilt(False)] = False
+    """Load DeepSpeed's universal format."""
+    use_node_local_storage: Annotated[bool, NotBuilt(False)] = False
+    """Every node keeps its own files."""
+    parallel_write: ParallelWriteSection = Field(default_factory=ParallelWriteSection)
+    """Which ranks write what every data-parallel rank holds."""
+    checkpoint_serialization: Annotated[bool, NotBuilt(True)] = True
+    """The zip format of ``torch.save``."""
+    writer: Annotated[dict[str, Any] | None, NotBuilt(None, {})] = None
+    """DeepSpeed's fast writers."""
+
+    @property
+    def chosen(self) -> str | None:
+        return self.engine
+
+
+class PrecisionSection(ChoiceSection):
+    """A precision that is not DeepSpeed's; ``fp16``, ``bf16`` and ``torch_autocast`` have sections of their own."""
+
+    seam = "precision"
+
+    type: str | None = None
+    """Which precision: an entry of ``ds_core.precision``. Null: by the sections that are enabled."""
+
+    @property
+    def chosen(self) -> str | None:
+        return self.type
+
+
+class PartitionSection(ChoiceSection):
+    """A partition that is not DeepSpeed's; ZeRO's is ``zero_optimization.stage``."""
+
+    seam = "partition"
+
+    type: str | None = None
+    """Which partition: an entry of ``ds_core.partition``. Null: by the stage."""
+
+    @property
+    def chosen(self) -> str | None:
+        return self.type

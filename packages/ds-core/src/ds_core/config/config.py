@@ -1,0 +1,186 @@
+"""The whole configuration: :class:`Config`, the top-level keys and one field per section."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from pydantic import AliasChoices, BeforeValidator, Field, PrivateAttr
+
+from ds_core.config.choices import CheckpointSection, ChoiceSection, PartitionSection, PrecisionSection
+from ds_core.config.monitors import CsvMonitorSection
+from ds_core.config.optimizer import OptimizerSection, SchedulerSection
+from ds_core.config.precision import Bf16Section, Fp16Section, TorchAutocastSection
+from ds_core.config.problems import raise_problems, validate
+from ds_core.config.section import Count, Int, NotBuilt, Number, PositiveInt, Section, lowered
+from ds_core.config.zero import ZeroSection
+from ds_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["BatchKeys", "Config"]
+
+S = TypeVar("S", bound=Section)
+
+
+class BatchKeys(Section):
+    """The three batch sizes as the user gave them; ``batch.resolve_batch`` finds the ones left out."""
+
+    train_batch_size: PositiveInt | None = None
+    """Samples of one optimizer step, over all ranks."""
+    train_micro_batch_size_per_gpu: PositiveInt | None = None
+    """Samples of one forward on one rank."""
+    gradient_accumulation_steps: PositiveInt | None = None
+    """Forwards per optimizer step."""
+
+
+def _never(value: Any) -> Any:
+    # Accelerate writes infinity for "never print".
+    is_infinite = value in ("inf", "Infinity") or (isinstance(value, float) and math.isinf(value))
+    return None if is_infinite else value
+
+
+Steps = Annotated[PositiveInt | None, BeforeValidator(_never)]
+Lowered = BeforeValidator(lowered)
+CommDtype = Annotated[Literal["fp16", "bf16", "fp32"] | None, Lowered]
+ONLY_LEGACY = 'is read only beside the legacy form "zero_optimization": true'
+
+
+class Config(Section):
+    """A checked configuration with resolved batch sizes. Made by ``load_config``.
+
+    Keys not given have their defaults, so every attribute is there and has the type declared here.
+    """
+
+    train_batch_size: PositiveInt
+    """Samples of one optimizer step, over all ranks."""
+    train_micro_batch_size_per_gpu: PositiveInt
+    """Samples of one forward on one rank."""
+    gradient_accumulation_steps: PositiveInt
+    """Forwards per optimizer step."""
+    managed_gradient_accumulation: Annotated[bool, NotBuilt(True)] = True
+    """The engine counts forwards and knows where a step ends; false: the caller's ``step()`` ends it."""
+
+    gradient_clipping: Number = 1.0
+    """Largest L2 norm of all gradients together; 0 or less leaves them alone."""
+    steps_per_print: Steps = None
+    """Steps between two lines of progress; null or infinity prints none."""
+    log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"] | None, Lowered] = None
+    """Level of the ``ds_core`` logger; null leaves it."""
+    dataloader_drop_last: bool = False
+    """Drop the last batch of an epoch where it is not full."""
+
+    prescale_gradients: Annotated[bool, NotBuilt(False)] = False
+    """Divide gradients before they are summed over the ranks."""
+    gradient_predivide_factor: Annotated[Number, NotBuilt(1.0)] = 1.0
+    """Divide by this before the sum and by the rest after it."""
+    gradient_allreduce_op: Annotated[Literal["mean", "sum"], Lowered, NotBuilt("mean")] = "mean"
+    """What becomes of the gradients of different ranks."""
+    communication_data_type: Annotated[CommDtype, NotBuilt(None)] = None
+    """Dtype of gradients inside a collective; null is the precision's own."""
+    seq_parallel_communication_data_type: Annotated[CommDtype, NotBuilt("fp32")] = "fp32"
+    """The same, with sequence parallelism."""
+    sparse_gradients: Annotated[bool, NotBuilt(False)] = False
+    """Reduce gradients of embeddings as sparse tensors."""
+    disable_allgather: Annotated[bool, NotBuilt(False)] = False
+    """A switch of older releases."""
+    allgather_size: Annotated[Count, NotBuilt(500_000_000, why=ONLY_LEGACY)] = 500_000_000
+    """Elements gathered at once, where ``zero_optimization`` is the legacy ``true``."""
+    zero_allow_untested_optimizer: bool = False
+    """Allows any optimizer with ZeRO, which is the rule here."""
+    zero_force_ds_cpu_optimizer: bool = True
+    """With offload, replace a plain Adam, Adagrad or Lion by its CPU variant."""
+    wall_clock_breakdown: Annotated[bool, NotBuilt(False)] = False
+    """Log the time of forward, backward and step."""
+    memory_breakdown: Annotated[bool, NotBuilt(False)] = False
+    """Log memory around forward, backward and step."""
+    dump_state: Annotated[bool, NotBuilt(False)] = False
+    """Log the engine's state once it is built."""
+    vocabulary_size: Annotated[PositiveInt | None, NotBuilt(None)] = None
+    """Warn where this is not a multiple of 8."""
+    graph_harvesting: Annotated[bool, NotBuilt(False)] = False
+    """CUDA graphs in the bf16 optimizer."""
+    use_data_before_expert_parallelism: Annotated[bool, NotBuilt(False)] = False
+    """Order of the ranks in expert groups."""
+    sequence_parallel_size: Annotated[Int | None, NotBuilt(None, 1)] = None
+    """Ranks that share one sequence."""
+    data_parallel_size: Annotated[Int | None, NotBuilt(None)] = None
+    """Ranks that see different data."""
+
+    optimizer: OptimizerSection | None = None
+    """Which optimizer updates the weights."""
+    scheduler: SchedulerSection | None = None
+    """Which schedule moves the learning rate."""
+    zero_optimization: ZeroSection = Field(default_factory=ZeroSection)
+    """What is divided among the ranks."""
+    fp16: Fp16Section = Field(default_factory=Fp16Section)
+    """Half precision with loss scaling."""
+    bf16: Bf16Section = Field(
+        default_factory=Bf16Section, validation_alias=AliasChoices("bf16", "bfloat16"), serialization_alias="bf16"
+    )
+    """bfloat16 weights and fp32 masters."""
+    torch_autocast: TorchAutocastSection = Field(default_factory=TorchAutocastSection)
+    """fp32 weights, forward under ``torch.autocast``."""
+    precision: PrecisionSection = Field(default_factory=PrecisionSection)
+    """A precision that is not DeepSpeed's."""
+    partition: PartitionSection = Field(default_factory=PartitionSection)
+    """A partition that is not DeepSpeed's."""
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    """How checkpoints are stored and loaded."""
+    csv_monitor: CsvMonitorSection = Field(default_factory=CsvMonitorSection)
+    """Writes every event to a CSV file."""
+
+    _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _plugin_sections: dict[str, Section] = PrivateAttr(default_factory=dict)
+    _where: str = PrivateAttr(default="config dict")
+
+    @property
+    def raw(self) -> dict[str, Any]:
+        """The configuration as given: a copy of the caller's dict, or what the file says."""
+        return self._raw
+
+    @property
+    def plugin_sections(self) -> Mapping[str, Section]:
+        """Top-level sections of plugins' own (seam ``config``), by key; those not given are absent."""
+        return self._plugin_sections
+
+    def options(self, section: str, name: str, model: type[S] | None) -> S | None:
+        """Return the options of plugin ``name``: its sub-section ``section.name``, checked.
+
+        Args:
+            section: ``"checkpoint"``, ``"precision"`` or ``"partition"``.
+            name: the plugin's entry name.
+            model: the plugin's class of options, or None where it has none.
+
+        Returns:
+            An instance of ``model``, all defaults where the user wrote no such sub-section; None without ``model``.
+
+        Raises:
+            ConfigError: the sub-section has problems, or has keys although the plugin takes none.
+        """
+        chooser = getattr(self, section)
+        if not isinstance(chooser, ChoiceSection):
+            raise TypeError(f"{section!r} is not a section that chooses a plugin")
+        given = chooser.options.get(name, {})
+        if model is None:
+            if given:
+                raise ConfigError(
+                    f"{section}.{name}: {name!r} takes no options, got {', '.join(given)}",
+                    where=self._where,
+                    fix=f'remove "{name}" from "{section}"',
+                )
+            return None
+        options, problems = validate(model, given, path=(section, name))
+        raise_problems(problems, where=self._where)
+        return options
+
+    @classmethod
+    def prepare(cls, data: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Read a section that is null as absent, and the legacy ``zero_optimization: true``."""
+        prepared = {name: value for name, value in super().prepare(data).items() if value is not None}
+        legacy = prepared.get("zero_optimization")
+        if isinstance(legacy, bool):
+            gathered = {"allgather_bucket_size": prepared.pop("allgather_size", 500_000_000)}
+            prepared["zero_optimization"] = {"stage": 1, **gathered} if legacy else {}
+        return prepared

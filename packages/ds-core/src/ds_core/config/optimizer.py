@@ -1,0 +1,38 @@
+"""Sections ``optimizer`` and ``scheduler``: a name and the arguments of its constructor."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from ds_core.config.section import NotBuilt, Section
+
+__all__ = ["OptimizerSection", "SchedulerSection"]
+
+
+def _no_null(value: Any) -> Any:
+    return {} if value is None else value
+
+
+Params = Annotated[dict[str, Any], BeforeValidator(_no_null)]
+
+
+class OptimizerSection(Section):
+    """Which optimizer updates the weights; without it the caller brings one."""
+
+    type: Annotated[str, Field(min_length=1)]
+    """Name of an optimizer: an entry of ``ds_core.optimizer``, or a class of ``torch.optim``."""
+    params: Params = Field(default_factory=dict)
+    """Keyword arguments of its constructor, such as ``lr`` and ``betas``."""
+    legacy_fusion: Annotated[bool, NotBuilt(False)] = False
+    """Older kernels of DeepSpeed's fused optimizers."""
+
+
+class SchedulerSection(Section):
+    """Which schedule moves the learning rate; without it the rate stays, or the caller brings a scheduler."""
+
+    type: Annotated[str, Field(min_length=1)]
+    """Name of a schedule: an entry of ``ds_core.scheduler``, or a class of ``torch.optim.lr_scheduler``."""
+    params: Params = Field(default_factory=dict)
+    """Keyword arguments of its constructor, such as ``warmup_num_steps``."""

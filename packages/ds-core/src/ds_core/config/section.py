@@ -1,0 +1,223 @@
+"""What every configuration section is made of: :class:`Section`, its number types, and the marker for unbuilt keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError, core_schema
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler
+
+__all__ = [
+    "AUTO",
+    "Count",
+    "DtypeName",
+    "Int",
+    "NotBuilt",
+    "Number",
+    "PositiveInt",
+    "Section",
+    "key",
+    "lowered",
+    "show",
+]
+
+AUTO = "auto"
+"""The value that means "the default" wherever there is one."""
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are frozen, ``"auto"`` means the default.
+
+    A key may be written by its field name or by an alias, but not by both at once. The docstring under a field is its
+    description.
+
+    >>> class Limits(Section):
+    ...     bucket_numel: Count = key("bucket_size", default=8)
+    >>> Limits.model_validate({"bucket_size": "5e3"}).bucket_numel
+    5000
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    _field_of_key: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        cls._field_of_key = {}
+        for name, info in cls.model_fields.items():
+            alias = info.validation_alias
+            for choice in alias.choices if isinstance(alias, AliasChoices) else [alias or name]:
+                cls._field_of_key[str(choice)] = name
+            cls._field_of_key[name] = name
+
+    @classmethod
+    def fields_by_key(cls) -> Mapping[str, str]:
+        """Return every key a user may write -> the field it sets."""
+        return cls._field_of_key
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prepare(cls, data: Any) -> Any:
+        return cls.prepare(data) if isinstance(data, Mapping) else data
+
+    @classmethod
+    def prepare(cls, data: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Return what to validate for ``data``, which is left as it is; a section with legacy forms extends this."""
+        prepared = {}
+        for name, value in data.items():
+            field = cls.fields_by_key().get(name)
+            if isinstance(value, str) and value == AUTO and field and not cls.model_fields[field].is_required():
+                continue
+            prepared[name] = value.value if isinstance(value, Enum) else value
+        return prepared
+
+    if not TYPE_CHECKING:  # a visible __getattr__ would hide our own typos from mypy
+
+        def __getattr__(self, name: str) -> Any:
+            field = type(self)._field_of_key.get(name)
+            # A field that is its own key is missing only while pydantic builds the instance.
+            return getattr(self, field) if field and field != name else super().__getattr__(name)
+
+
+def key(*keys: str, default: Any, **constraints: Any) -> Any:
+    """Return a field whose keys in a file are ``keys`` (the first is the one we print) and the field's own name."""
+    return Field(default, validation_alias=AliasChoices(*keys), serialization_alias=keys[0], **constraints)
+
+
+@dataclass(frozen=True)
+class NotBuilt:
+    """Marks a key that has no effect yet: any value but ``accepted`` is refused.
+
+    Whoever builds the feature deletes the marker::
+
+        sparse_gradients: Annotated[bool, NotBuilt(False)] = False
+    """
+
+    accepted: tuple[Any, ...]
+    why: str
+
+    def __init__(self, *accepted: Any, why: str = "is not built yet") -> None:
+        object.__setattr__(self, "accepted", accepted)
+        object.__setattr__(self, "why", why)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def check(self, value: Any) -> Any:
+        """Return ``value`` if it is one that changes nothing."""
+        if value not in self.accepted:
+            allowed = " or ".join(show(accepted) for accepted in self.accepted)
+            raise PydanticCustomError(
+                "not_built", "{why}; only {allowed} is accepted", {"why": self.why, "allowed": allowed}
+            )
+        return value
+
+
+def show(value: Any, *, limit: int = 60) -> str:
+    """Return ``value`` as a user would write it in JSON, cut to ``limit`` characters.
+
+    >>> show({"enabled": True})
+    '{"enabled": true}'
+    """
+    text = _json(value, depth=3)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _json(value: Any, depth: int) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, Mapping):
+        inner = (f"{_json(name, 0)}: {_json(item, depth - 1)}" for name, item in _first(value.items()))
+        return "{" + ", ".join(inner) + "}" if depth > 0 else "{...}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_json(item, depth - 1) for item in _first(value)) + "]" if depth > 0 else "[...]"
+    return repr(value)
+
+
+def _first(items: Any) -> list[Any]:
+    # Messages show the beginning only; a list of a million entries must not be printed first and cut afterwards.
+    return [item for item, _ in zip(items, range(20), strict=False)]
+
+
+def _whole(value: Any) -> int:
+    number = _number(value)
+    if isinstance(number, float) and not number.is_integer():  # False for inf and nan too
+        raise PydanticCustomError("whole_number", "must be a whole number")
+    return int(number)
+
+
+def _number(value: Any) -> int | float:
+    # bool is an int in Python, but "gradient_clipping": true is a mistake.
+    if not isinstance(value, bool):
+        if isinstance(value, (int, float)):
+            return value
+        if isinstance(value, str):
+            return _parsed(value)
+        if hasattr(value, "__index__"):
+            return int(value)
+    raise PydanticCustomError("number", "must be a number")
+
+
+def _parsed(text: str) -> int | float:
+    for parse in (int, float):
+        try:
+            return parse(text)
+        except ValueError:
+            continue
+    raise PydanticCustomError("number", "must be a number")
+
+
+def _finite(value: Any) -> float:
+    number = float(_number(value))
+    if not math.isfinite(number):
+        raise PydanticCustomError("finite", "must be a finite number")
+    return number
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+"""Any whole number; ``5e8`` and ``"2"`` are whole, ``true`` is not a number."""
+Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+"""A whole number from 0."""
+PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+"""A whole number from 1."""
+Number = Annotated[float, BeforeValidator(_finite)]
+"""A finite number."""
+
+
+def lowered(value: Any) -> Any:
+    """Return text in lower case and anything else as it is, for words whose case does not matter."""
+    return value.lower() if isinstance(value, str) else value
+
+
+_DTYPES = {
+    **dict.fromkeys(("fp16", "float16", "half"), "float16"),
+    **dict.fromkeys(("bf16", "bfloat16", "bfloat"), "bfloat16"),
+    **dict.fromkeys(("fp32", "float32", "float"), "float32"),
+}
+
+
+def _dtype_name(value: Any) -> Any:
+    # A torch.dtype prints as its name, so torch need not be imported to take one.
+    text = str(value) if type(value).__module__ == "torch" else value
+    return _DTYPES.get(text.removeprefix("torch."), text) if isinstance(text, str) else text
+
+
+DtypeName = Annotated[Literal["float16", "bfloat16", "float32"], BeforeValidator(_dtype_name)]
+"""torch's own name of a dtype; ``"fp16"``, ``"half"``, ``"torch.float16"`` and ``torch.float16`` are understood."""

@@ -1,0 +1,249 @@
+"""Section ``zero_optimization``, checked here and carried out by the partition plugins ``1``, ``2`` and ``3``."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from ds_core.config.section import AUTO, Count, Int, NotBuilt, Number, PositiveInt, Section, key
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = [
+    "LeafModuleSection",
+    "OffloadOptimizerSection",
+    "OffloadParamSection",
+    "ZenFlowSection",
+    "ZeroSection",
+    "ZeroppLocoSection",
+]
+
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Device = Literal["none", "cpu", "nvme"]
+
+
+class OffloadParamSection(Section):
+    """Where parameters wait between their uses (stage 3)."""
+
+    device: Device = "none"
+    """``cpu`` memory, files (``nvme``), or not at all."""
+    nvme_path: str | None = None
+    """Folder of the files."""
+    buffer_count: PositiveInt = 5
+    """Buffers for reading and writing files."""
+    buffer_numel: Count = key("buffer_size", default=100_000_000)
+    """Elements in each of them."""
+    max_in_cpu: Count = 1_000_000_000
+    """Elements kept in CPU memory when the device is ``nvme``."""
+    pin_memory: bool = True
+    """Page-locked CPU memory: faster copies, more memory."""
+
+
+class OffloadOptimizerSection(Section):
+    """Where optimizer state lives (stages 1 to 3)."""
+
+    device: Device = "none"
+    """``cpu`` memory, files (``nvme``), or not at all."""
+    nvme_path: str | None = None
+    """Folder of the files."""
+    buffer_count: PositiveInt = 4
+    """Buffers for reading and writing files: one per state tensor, and one each for weight and gradient."""
+    pin_memory: bool = True
+    """Page-locked CPU memory: faster copies, more memory."""
+    pipeline_read: bool = False
+    """Read the next tile while this one is updated."""
+    pipeline_write: bool = False
+    """Write the last tile while this one is updated."""
+    fast_init: bool = False
+    """Initialise the files without going through the CPU optimizer."""
+    ratio: Fraction = 1.0
+    """Share of the parameters that are updated on the CPU; below 1 at stage 3 only."""
+    super_offload: bool = False
+    """DeepSpeed's SuperOffload."""
+    cpuadam_cores_perc: Fraction = 0.8
+    """Share of the CPU cores given to the optimizer under SuperOffload."""
+
+    @property
+    def pipeline(self) -> bool:
+        """Whether reading or writing overlaps with the update."""
+        return self.pipeline_read or self.pipeline_write
+
+
+class ZenFlowSection(Section):
+    """Updates important gradients at once and the rest later, on the CPU."""
+
+    topk_ratio: Fraction = 0.1
+    """Share of the gradient columns that count as important."""
+    select_strategy: Literal["auto", "step", "epoch"] = "auto"
+    """What ``select_interval`` counts."""
+    select_interval: PositiveInt | None = None
+    """Steps or epochs between two selections; null chooses."""
+    update_interval: PositiveInt | None = None
+    """Steps between two updates of the rest; null chooses."""
+    overlap_step: bool = False
+    """Run the CPU update beside the next forward and backward."""
+    offload: bool = False
+    """Keep the selected optimizer state on the CPU."""
+    auto_ratio: Fraction = 0.99
+    """Share of the gradient that triggers an update where the interval is chosen."""
+    full_warm_up_rounds: Count = 0
+    """Rounds in which everything is updated at once."""
+    pt_reserved_cores_perc: Fraction = 0.5
+    """Share of the CPU cores kept for torch."""
+    steps_per_epoch: PositiveInt | None = None
+    """Steps per epoch, where the strategy counts epochs."""
+
+
+class ZeroppLocoSection(Section):
+    """Error feedback of the quantized gradients of ZeRO++."""
+
+    err_beta: Fraction = 0.8
+    """Decay of the carried error."""
+    reset_T: PositiveInt = 1024  # noqa: N815 - the key users write
+    """Steps after which the carried error is forgotten."""
+
+
+def _names(value: Any) -> Any:
+    # A string is one name, and a name twice is meant once.
+    return list(dict.fromkeys([value] if isinstance(value, str) else value)) if _is_name_list(value) else value
+
+
+def _is_name_list(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value))
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+
+
+class LeafModuleSection(Section):
+    """Modules whose parameters are gathered together, as experts are (stage 3)."""
+
+    classes: Names = (
+        "transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock",
+        "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
+        "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
+    )
+    """Dotted class names."""
+    names: Names = ()
+    """Module names."""
+    name_suffixes: Names = ()
+    """Endings of module names."""
+
+
+class ZeroSection(Section):
+    """Which of optimizer state, gradients and parameters are divided among the ranks, and how."""
+
+    stage: Annotated[Int, Field(ge=0, le=3)] = 0
+    """0: nothing is divided; 1: optimizer state; 2: and gradients; 3: and parameters."""
+    contiguous_gradients: bool = True
+    """Copy gradients into one buffer as they appear."""
+    reduce_scatter: bool = True
+    """Reduce-scatter gradients instead of all-reducing them."""
+    reduce_bucket_numel: Count = key("reduce_bucket_size", default=500_000_000)
+    """Elements of gradient reduced at once."""
+    use_multi_rank_bucket_allreduce: bool = True
+    """One bucket may hold gradients of several owners (stages 1 and 2)."""
+    allgather_partitions: bool = True
+    """All-gather updated parameters instead of broadcasting them."""
+    allgather_bucket_numel: Count = key("allgather_bucket_size", default=500_000_000)
+    """Elements of parameters gathered at once."""
+    overlap_comm: bool | None = None
+    """Reduce gradients while backward still runs; null means true at stage 3 and false below."""
+    load_from_fp32_weights: bool = True
+    """Take master weights from the checkpoint's fp32 ones."""
+    elastic_checkpoint: bool = False
+    """Has no effect: every checkpoint loads at any world size."""
+    offload_param: OffloadParamSection | None = None
+    """Where parameters wait between their uses."""
+    offload_optimizer: OffloadOptimizerSection | None = None
+    """Where optimizer state lives."""
+    zenflow: ZenFlowSection | None = None
+    """Split updates of important and other gradients."""
+    sub_group_numel: Count = key("sub_group_size", default=1_000_000_000)
+    """Elements updated at once (stage 3)."""
+    prefetch_bucket_numel: Count = key("stage3_prefetch_bucket_size", "prefetch_bucket_size", default=50_000_000)
+    """Elements gathered ahead of their use."""
+    param_persistence_threshold: Count = key("stage3_param_persistence_threshold", default=100_000)
+    """Parameters with fewer elements stay whole on every rank."""
+    model_persistence_threshold: Count = key("stage3_model_persistence_threshold", default=sys.maxsize)
+    """Elements that may stay whole in all."""
+    max_live_parameters: Count = key("stage3_max_live_parameters", default=1_000_000_000)
+    """Elements that may be gathered at one time."""
+    max_reuse_distance: Count = key("stage3_max_reuse_distance", default=1_000_000_000)
+    """A parameter used again within this many elements is kept gathered."""
+    gather_16bit_weights_on_model_save: bool = key(
+        "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save", default=False
+    )
+    """``save_16bit_model`` may gather the whole model."""
+    module_granularity_threshold: Count = key("stage3_module_granularity_threshold", default=0)
+    """Modules with fewer elements per layer are gathered as one; 0 for none."""
+    use_all_reduce_for_fetch_params: bool = key("stage3_use_all_reduce_for_fetch_params", default=False)
+    """Gather parameters by all-reduce."""
+    allgather_sequential: bool = key("stage3_allgather_sequential", default=False)
+    """Gather parameters one after another."""
+    ignore_unused_parameters: bool = True
+    """A parameter without a gradient is no error (stage 2)."""
+    legacy_stage1: Annotated[bool, NotBuilt(False, why="was removed from DeepSpeed")] = False
+    """DeepSpeed's first stage 1."""
+    round_robin_gradients: bool = False
+    """Spread the copies of gradients to the CPU over the ranks."""
+    zero_hpz_partition_size: PositiveInt = 1
+    """Ranks among which a second copy of the parameters is divided (ZeRO++)."""
+    zero_quantized_weights: bool = False
+    """Gather int8 weights (ZeRO++)."""
+    zero_quantized_nontrainable_weights: bool = False
+    """Keep frozen weights in int8 (ZeRO++)."""
+    zero_quantized_gradients: bool = False
+    """Reduce int4 gradients (ZeRO++)."""
+    zeropp_loco_param: ZeroppLocoSection | None = None
+    """Error feedback of the quantized gradients."""
+    mics_shard_size: Int = -1
+    """Ranks among which everything is divided; -1 for all (MiCS)."""
+    mics_hierarchical_params_gather: bool = False
+    """Gather inside a node first (MiCS)."""
+    memory_efficient_linear: bool = True
+    """Linear layers save no gathered weight for backward (stage 3)."""
+    pipeline_loading_checkpoint: bool = False
+    """Ranks load one after another (stage 3)."""
+    override_module_apply: bool = True
+    """``module.apply`` sees gathered parameters (stage 3)."""
+    log_trace_cache_warnings: bool = False
+    """Log when the order of modules changes."""
+    enable_sanity_checks: bool = False
+    """Check what is gathered at every use."""
+    save_muon_momentum_buffer_in_memory: bool = False
+    """Keep Muon's momentum on the device."""
+    leaf_module: LeafModuleSection = Field(default_factory=LeafModuleSection)
+    """Modules whose parameters are gathered together."""
+
+    @classmethod
+    def prepare(cls, data: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Rewrite the deprecated switches; one that contradicts its replacement stays, and is refused as unknown."""
+        prepared = super().prepare(data)
+        for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
+            value = prepared.get(old)
+            if value == AUTO or (isinstance(value, bool) and prepared.get(new) is None):
+                del prepared[old]
+                prepared |= {new: {"device": "cpu"}} if value is True else {}
+        if isinstance(prepared.get("cpu_offload_use_pin_memory"), bool):
+            del prepared["cpu_offload_use_pin_memory"]
+        return prepared
+
+    @model_validator(mode="after")
+    def _derive(self) -> ZeroSection:
+        if self.overlap_comm is None:
+            # Straight into __dict__: the section is frozen, and the key must not count as given by the user.
+            self.__dict__["overlap_comm"] = self.stage == 3
+        return self
+
+
+DEPRECATED = {
+    "cpu_offload": '"offload_optimizer": {"device": "cpu"}',
+    "cpu_offload_param": '"offload_param": {"device": "cpu"}',
+    "cpu_offload_use_pin_memory": '"pin_memory" of an offload section',
+    "stage3_gather_fp16_weights_on_model_save": '"stage3_gather_16bit_weights_on_model_save"',
+}
+"""Old keys of ``zero_optimization`` that are still read -> what to write instead."""
