@@ -1,0 +1,397 @@
+"""The pure parts of benchmarks/: the interval, the bar's rule, the order of turns, rows and reports. Nothing is timed."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(
+    str(BENCHMARKS)
+)  # the scripts find each other as their own folder does; last, so that nothing is hidden
+
+from _contenders import Contender, DdpLoop, PlainLoop, Recipe, largest_difference  # noqa: E402
+from _models import GPT_SIZES, Gpt, Mlp, byte_batches  # noqa: E402
+from _pairs import Bar, Interval, PairTimes, median_interval, time_pairs  # noqa: E402
+from _report import difference_row, exact_ratio_row, finish, limit_row, machine_facts, ratio_row  # noqa: E402
+
+SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("[!_]*.py"))
+numbers = st.floats(min_value=1e-6, max_value=1e6)
+samples = st.lists(numbers, min_size=1, max_size=60)
+
+
+class FakeMachine:
+    """A clock that a turn moves by hand, in the place of the ranks."""
+
+    def __init__(self, other_rank_s: float = 0.0) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+        self._other_rank_s = other_rank_s
+
+    def clock(self) -> float:
+        return self.now
+
+    def work(self, name: str, seconds: float) -> None:
+        self.calls.append(name)
+        self.now += seconds
+
+    def align(self) -> None:
+        self.calls.append("align")
+        self.now += 100.0  # waiting for the others is nobody's time
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+        self.now += 0.5
+
+    def slowest(self, seconds: float) -> float:
+        return max(seconds, self._other_rank_s)
+
+
+# --- the interval
+
+
+def test_the_interval_of_fifteen_lies_between_the_fourth_and_the_fifth() -> None:
+    found = median_interval([float(i) for i in range(1, 16)])
+    # P(4 <= Bin(15, 1/2) <= 11) and P(5 <= Bin <= 10), counted by hand from the binomial coefficients.
+    outer = 1 - 2 * (1 + 15 + 105 + 455) / 2**15
+    inner = outer - 2 * 1365 / 2**15
+    i = (outer - 0.9) / (outer - inner)
+    weight = 11 * i / (4 + 7 * i)
+    assert found.median == 8
+    assert found.lower == pytest.approx(4 + weight)
+    assert found.upper == pytest.approx(12 - weight)
+    assert (found.confidence, found.count) == (0.9, 15)
+
+
+def test_a_confidence_that_order_statistics_reach_needs_no_interpolation() -> None:
+    coverage = 1 - 2 * (1 + 15 + 105 + 455) / 2**15
+    found = median_interval([float(i) for i in range(1, 16)], coverage)
+    assert (found.lower, found.upper) == (4, 12)
+
+
+@pytest.mark.parametrize(("count", "reached"), [(1, 0.0), (2, 0.5), (3, 0.75), (4, 0.875)])
+def test_too_few_samples_give_the_extremes_and_say_what_they_reach(count: int, reached: float) -> None:
+    found = median_interval([float(i) for i in range(count)])
+    assert (found.lower, found.upper) == (0, count - 1)
+    assert found.confidence == reached
+
+
+def test_five_samples_reach_the_confidence() -> None:
+    assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0]).confidence == 0.9
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda rng: rng.gauss(0, 1),
+        lambda rng: rng.random() - 0.5,
+        lambda rng: rng.choice((-1, 1)) * rng.expovariate(1),
+        lambda rng: math.tan(math.pi * (rng.random() - 0.5)),
+    ],
+    ids=["normal", "uniform", "double exponential", "cauchy"],
+)
+@pytest.mark.parametrize("count", [15, 20])
+def test_the_interval_encloses_the_true_median_nine_times_in_ten(draw, count: int) -> None:
+    rng = random.Random(7)
+    trials = 4000
+    hits = 0
+    for _ in range(trials):
+        found = median_interval([draw(rng) for _ in range(count)])
+        hits += found.lower <= 0 <= found.upper
+    # The method is off by at most 0.01; three standard deviations of the trials are 3 * sqrt(0.9 * 0.1 / 4000) = 0.0142.
+    assert hits / trials == pytest.approx(0.9, abs=0.01 + 0.0142)
+
+
+@given(samples)
+def test_the_interval_encloses_the_median_and_stays_within_the_samples(values: list[float]) -> None:
+    found = median_interval(values)
+    assert min(values) <= found.lower <= found.median <= found.upper <= max(values)
+    assert found.median == statistics.median(values)
+    assert found.count == len(values)
+
+
+@given(samples, st.randoms(use_true_random=False))
+def test_the_order_of_samples_does_not_matter(values: list[float], rng: random.Random) -> None:
+    shuffled = list(values)
+    rng.shuffle(shuffled)
+    assert median_interval(shuffled) == median_interval(values)
+
+
+@given(samples, st.sampled_from([0.25, 2.0, 1024.0]))
+def test_the_interval_scales_with_the_unit(values: list[float], unit: float) -> None:
+    # Powers of two, so that scaling rounds nothing.
+    one, other = median_interval(values), median_interval([value * unit for value in values])
+    assert (other.lower, other.median, other.upper) == (one.lower * unit, one.median * unit, one.upper * unit)
+
+
+@given(st.lists(numbers, min_size=5, max_size=40))
+def test_more_confidence_means_a_wider_interval(values: list[float]) -> None:
+    narrow, wide = median_interval(values, 0.5), median_interval(values, 0.9)
+    # Both are interpolated; a hair for the rounding of it.
+    hair = 1e-9 * max(values)
+    assert wide.lower <= narrow.lower + hair
+    assert narrow.upper <= wide.upper + hair
+
+
+@pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
+def test_samples_that_say_nothing_are_refused(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="at least one sample, all finite"):
+        median_interval(values)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 1.0, -1.0])
+def test_an_impossible_confidence_is_refused(confidence: float) -> None:
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        median_interval([1.0], confidence)
+
+
+# --- the bar
+
+
+@pytest.mark.parametrize(
+    ("lower", "median", "met"),
+    [
+        (0.90, 0.95, True),
+        (1.00, 1.05, True),  # both at their limit
+        (1.01, 1.02, False),  # certainly above 1, if by little
+        (0.80, 1.06, False),  # noise must not hide a median that is too high
+    ],
+)
+def test_the_rule_for_bars(lower: float, median: float, met: bool) -> None:
+    assert Bar(1.0).met(Interval(median, lower, 2.0, 0.9, 15)) is met
+
+
+def test_fewer_than_fifteen_pairs_give_no_verdict() -> None:
+    assert Bar(1.0).met(Interval(0.5, 0.4, 0.6, 0.9, 14)) is None
+
+
+def test_a_bar_without_slack_holds_the_median_itself() -> None:
+    bar = Bar(1.05, slack=0.0, min_count=1)
+    assert bar.met(Interval.exact(1.05)) is True
+    assert bar.met(Interval.exact(1.0500001)) is False
+
+
+# --- the turns
+
+
+def test_the_order_alternates_and_every_turn_is_aligned_and_finished() -> None:
+    machine = FakeMachine()
+    times = time_pairs(
+        lambda: machine.work("ours", 3.0),
+        lambda: machine.work("peer", 2.0),
+        pairs=4,
+        warmup=1,
+        ranks=machine,
+        clock=machine.clock,
+    )
+    turns = [machine.calls[i : i + 3] for i in range(0, len(machine.calls), 3)]
+    order = "ours peer  ours peer  peer ours  ours peer  peer ours".split()
+    assert turns == [["align", name, "finish"] for name in order]
+    # finish is part of the turn, waiting in align is not; the warm-up is not among the times.
+    assert times == PairTimes(ours=[3.5] * 4, peer=[2.5] * 4)
+
+
+def test_a_turn_lasts_as_long_as_on_the_slowest_rank() -> None:
+    machine = FakeMachine(other_rank_s=9.0)
+    times = time_pairs(
+        lambda: machine.work("ours", 3.0),
+        lambda: machine.work("peer", 20.0),
+        pairs=1,
+        warmup=0,
+        ranks=machine,
+        clock=machine.clock,
+    )
+    assert times == PairTimes(ours=[9.0], peer=[20.5])
+
+
+@given(st.integers(2, 20).map(lambda half: 2 * half), st.floats(1.0, 1.05))
+@settings(deadline=None)
+def test_a_steady_drift_of_the_machine_cancels(pairs: int, slowdown: float) -> None:
+    machine = FakeMachine()
+    speed = itertools.accumulate(itertools.repeat(slowdown), lambda so_far, factor: so_far * factor)
+    times = time_pairs(
+        lambda: machine.work("ours", next(speed)),
+        lambda: machine.work("peer", next(speed)),
+        pairs=pairs,
+        warmup=0,
+        ranks=machine,
+        clock=machine.clock,
+    )
+    # Each pair is off by one slowdown, half of them up and half down; the 0.5 s of finish only dampens it.
+    ratios = times.ratios
+    assert statistics.median(ratios) == pytest.approx(1.0, abs=(slowdown - 1) ** 2 + 1e-6)
+    assert max(abs(ratio - 1) for ratio in ratios) <= slowdown - 1 + 1e-6
+
+
+# --- rows and reports
+
+
+def test_rows_say_what_the_bar_speaks_of() -> None:
+    times = PairTimes(ours=[2.0] * 15, peer=[4.0] * 15)
+    ratio = ratio_row("r", times, Bar(1.0))
+    assert (ratio.result.median, ratio.result_unit, ratio.met) == (0.5, "x", True)
+    difference = difference_row("d", times, Bar(60.0, slack=0.0), scale=1e6, unit="us")
+    assert (difference.result.median, difference.ours.median, difference.met) == (-2e6, 2e6, True)
+    assert exact_ratio_row("m", 106.0, 100.0, Bar(1.05, slack=0.0, min_count=1), unit="MiB").met is False
+    assert limit_row("l", [49.0, 50.0, 51.0], 50.0, unit="ms").met is True
+    assert limit_row("l", [49.0, 50.1, 51.0], 50.0, unit="ms").met is False
+    assert limit_row("l", [1.0], None, unit="ms").met is None
+
+
+MET = limit_row("met", [1.0], 2.0, unit="s")
+MISSED = limit_row("missed", [3.0], 2.0, unit="s")
+OPEN = ratio_row("open", PairTimes([1.0], [1.0]), Bar(1.0))
+INFORMATION = limit_row("information", [3.0], None, unit="s")
+
+
+@pytest.mark.parametrize(
+    ("rows", "met", "strict_code"),
+    [
+        ([MET, INFORMATION], True, 0),
+        ([MET, MISSED, OPEN], False, 1),
+        ([MET, OPEN], None, 1),
+    ],
+)
+def test_the_report_carries_the_verdict(tmp_path: Path, capsys, rows, met, strict_code: int) -> None:
+    path = tmp_path / "results" / "one.json"
+    code = finish("a title", rows, {"ranks": 2}, argparse.Namespace(json=path, strict=False))
+    assert code == 0
+    assert finish("a title", rows, {}, argparse.Namespace(json=None, strict=True)) == strict_code
+    document = json.loads(path.read_text())
+    assert document["met"] is met
+    assert document["settings"] == {"ranks": 2}
+    assert [row["met"] for row in document["rows"]] == [row.met for row in rows]
+    assert document["rows"][0]["samples"] == {"ours": [1.0]}
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert row.name in printed
+
+
+def test_machine_facts_name_the_machine_but_not_the_host() -> None:
+    import platform
+
+    facts = machine_facts()
+    assert facts["torch"] == torch.__version__
+    assert facts["cores"] >= 1
+    assert platform.node() not in json.dumps(facts)
+
+
+# --- the models and the loops
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("14m", 14e6, 15e6), ("85m", 85e6, 86e6)])
+def test_the_models_are_as_large_as_they_are_called(name: str, low: float, high: float) -> None:
+    with torch.device("meta"):
+        model = Gpt(GPT_SIZES[name])
+    assert low <= sum(parameter.numel() for parameter in model.parameters()) <= high
+
+
+def test_the_gpt_does_not_look_ahead() -> None:
+    torch.manual_seed(0)
+    size = GPT_SIZES["tiny"]
+    model = Gpt(size)
+    (inputs, targets), *_ = byte_batches(1, 2, size.seq, seed=0, device=torch.device("cpu"))
+    logits: list[torch.Tensor] = []
+    model.head.register_forward_hook(lambda module, arguments, output: logits.append(output))
+    model(inputs, targets)
+    changed = inputs.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 256
+    model(changed, targets)
+    torch.testing.assert_close(logits[0][:, :-1], logits[1][:, :-1])
+    assert not torch.equal(logits[0][:, -1], logits[1][:, -1])
+
+
+def test_batches_shift_by_one_byte_and_follow_the_seed() -> None:
+    cpu = torch.device("cpu")
+    first, again, other = (byte_batches(2, 3, 16, seed=seed, device=cpu) for seed in (0, 0, 1))
+    inputs, targets = first[0]
+    assert inputs.shape == targets.shape == (3, 16)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    assert torch.equal(inputs, again[0][0])
+    assert not torch.equal(inputs, other[0][0])
+    assert not torch.equal(inputs, first[1][0])
+
+
+def mlp_loop(recipe: Recipe) -> PlainLoop:
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 16), torch.randn(8, 16)) for _ in range(4)]
+    return PlainLoop(Mlp(16), recipe, batches)
+
+
+def test_the_recipes_warmup_is_warmup_lr() -> None:
+    recipe = Recipe(micro_batch=1, accumulation=1, lr=1.0, warmup_steps=4)
+    # Golden values of WarmupLR, log: after 0, 1, 2, ... schedule steps.
+    golden = [0, 0, 0.5, math.log(3) / math.log(4), 1, 1, 1]
+    assert [recipe.lr_at(step) for step in range(7)] == pytest.approx(golden)
+    assert Recipe(micro_batch=1, accumulation=1, lr=0.5).lr_at(0) == 0.5
+
+
+def test_the_recipe_and_its_configuration_agree() -> None:
+    config = Recipe(micro_batch=2, accumulation=3, warmup_steps=10).config()
+    assert config["gradient_accumulation_steps"] == 3
+    assert config["scheduler"]["params"]["warmup_num_steps"] == 10
+    assert config["optimizer"]["params"]["lr"] == config["scheduler"]["params"]["warmup_max_lr"]
+    json.dumps(config)
+
+
+def test_accumulation_of_the_plain_loop_is_the_mean_of_its_micro_batches() -> None:
+    loop = mlp_loop(Recipe(micro_batch=8, accumulation=4, lr=1e-2, clipping=1e9))
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 16), torch.randn(8, 16)) for _ in range(4)]
+    twin = Mlp(16)
+    optimizer = torch.optim.SGD(twin.parameters())
+    inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    twin(inputs, targets).backward()
+    gradients: list[torch.Tensor] = []
+    module = loop._module
+    loop._optimizer.register_step_pre_hook(
+        lambda *arguments: gradients.extend(parameter.grad.clone() for parameter in module.parameters())
+    )
+    loop.step()
+    assert len(loop.losses) == 4
+    assert len(gradients) == 6
+    for found, parameter in zip(gradients, twin.parameters(), strict=True):
+        # fp32 sums of 32 terms in another order: 5 of 24 bits.
+        torch.testing.assert_close(found, parameter.grad, rtol=2**-18, atol=2**-20)
+    del optimizer
+
+
+def test_losses_that_differ_are_noticed() -> None:
+    recipe = Recipe(micro_batch=8, accumulation=1, lr=1e-2)
+    one, same, other = mlp_loop(recipe), mlp_loop(recipe), mlp_loop(Recipe(micro_batch=8, accumulation=1, lr=2e-2))
+    for loop in (one, same, other):
+        for _ in range(3):
+            loop.step()
+    assert largest_difference(one, same) == 0.0
+    assert largest_difference(one, other) > 1e-4
+    assert largest_difference(one, other, first=1) == 0.0
+
+
+def test_every_loop_is_a_contender() -> None:
+    assert issubclass(PlainLoop, Contender)
+    assert issubclass(DdpLoop, Contender)
+
+
+# --- the scripts
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_how_to_run_it(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / script, "-h"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"python benchmarks/{script}" in done.stdout
+    assert "--json PATH" in done.stdout
