@@ -1,7 +1,8 @@
 """The agent: one small process per host that is the parent of its ranks and answers for everything they start.
 
 It reads an :class:`~ds_launcher.spec.AgentSpec` from standard input, which stays open as its lifeline: further
-lines are signals for the job, end of file means that the launcher is gone (killed, or its connection lost) and the job must end.
+lines are signals for the job, end of file means that the launcher is gone (killed, or its connection lost) and the
+job must end.
 Why it is a process of its own is written in docs/design/launcher.md.
 """
 
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from ds_launcher import oom, processes
 from ds_launcher.output import Log, Sink, Source, Tail
+from ds_launcher.rank import Rank, first_failed, rank_command, rank_environment
 from ds_launcher.spec import AgentReport, AgentSpec, RankFailure, encode
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ SETTLE_S = 1.0
 """How long ranks that have printed a traceback may take to exit by themselves after another one failed."""
 LOST_GRACE_S = 3.0
 """Grace when the launcher is gone: nobody waits for a save any more, and everything must end soon."""
+AGAIN_S = 1.0
+"""A second signal this much later means: kill now."""
 KILL_S = 5.0
 """How long SIGKILL may take before a process counts as stuck in the kernel."""
 
@@ -52,30 +56,6 @@ class Phase(Enum):
     """All ranks are gone; what they left running was asked to end."""
     KILLING = 5
     GONE = 6
-
-
-@dataclass
-class Rank:
-    """One process of the job, as its agent sees it."""
-
-    rank: int
-    local_rank: int
-    popen: subprocess.Popen[bytes]
-    tail: Tail
-    log: Log | None
-    status: int | None = None
-    """Exit code or minus the signal; None while it runs."""
-    ended_tick: int = 0
-    was_asked: bool = False
-    """Whether we had sent it a signal when it ended."""
-    pidfd: int | None = None
-
-    @property
-    def failed_tick(self) -> int:
-        """When it failed. Python prints its traceback before it closes its sockets, so before others fail of that."""
-        if self.status == 1 and self.tail.traceback_tick is not None:
-            return min(self.tail.traceback_tick, self.ended_tick)
-        return self.ended_tick
 
 
 @dataclass
@@ -101,9 +81,9 @@ class Agent:
         self.sources: list[Source] = []
         self._ticks = itertools.count(1)
         self._oom_before = oom.read_counters()
-        self._lost = False
         self._drop_output = False
-        self._next_escalation: tuple[float, int] | None = None
+        self._escalation_at: float | None = None
+        self._signalled_at: float | None = None
 
     # -- start ---------------------------------------------------------------------------------------------------
 
@@ -188,11 +168,11 @@ class Agent:
 
     def _wait(self) -> None:
         """Handle what happens until the next deadline."""
-        times = [time_ for time_ in (self.deadline, self._next_escalation and self._next_escalation[0]) if time_]
+        times = [moment for moment in (self.deadline, self._escalation_at) if moment is not None]
         timeout = max(0.0, min(times) - time.monotonic()) if times else None
         if self.phase.value >= Phase.LEFTOVERS.value and not self.is_subreaper:
             # Without a subreaper nobody tells us when a grandchild ends: look again now and then.
-            timeout = min(0.1, timeout) if timeout is not None else 0.1
+            timeout = min(0.1, timeout or 0.1)
         for source in self.sources:
             source.listen(not source.sink.is_full)
         self._handle(timeout)
@@ -204,36 +184,39 @@ class Agent:
 
     def _advance(self) -> list[int]:
         """Move on to the next phase when it is time; return the processes that cannot be ended, if there are any."""
-        now = time.monotonic()
-        if self._next_escalation is not None and now >= self._next_escalation[0]:
-            self._ask_ranks(self._next_escalation[1])
-            self._next_escalation = None
-        expired = self.deadline is not None and now >= self.deadline
         running = [rank for rank in self.ranks if rank.status is None]
+        if self._escalation_at is not None and time.monotonic() >= self._escalation_at:
+            self._escalation_at = None
+            self._ask_ranks(signal.SIGTERM)
         if self.phase is Phase.RUNNING and any(rank.status for rank in self.ranks):
             if any(rank.tail.traceback_tick is not None for rank in running):
                 self._enter(Phase.SETTLING, SETTLE_S)
             else:
                 self._end(signal.SIGTERM)
-        elif self.phase is Phase.SETTLING and (expired or not running):
+        if self.phase is Phase.SETTLING and (self._is_expired() or not running):
             self._end(signal.SIGTERM)
-        if self.phase in (Phase.RUNNING, Phase.SETTLING, Phase.ENDING) and not running:
-            remaining = self.deadline - now if self.phase is Phase.ENDING and self.deadline else self.spec.grace_s
-            self._enter(Phase.LEFTOVERS, remaining)
+        if self.phase in (Phase.RUNNING, Phase.ENDING) and not running:
+            self._enter(Phase.LEFTOVERS, None if self.phase is Phase.ENDING else self.spec.grace_s)
             processes.send(self._others(), signal.SIGTERM)
-        elif self.phase in (Phase.ENDING, Phase.LEFTOVERS) and expired:
+        if self.phase in (Phase.ENDING, Phase.LEFTOVERS) and self._is_expired():
             self._kill()
         elif self.phase is Phase.KILLING:
-            if expired:
-                return [process.pid for process in self._others()]
-            processes.send(self._others(), signal.SIGKILL)  # again: one may have forked before it died
-        if self.phase.value >= Phase.LEFTOVERS.value and not running and self._all_gone():
+            others = self._others()
+            if self._is_expired():
+                return [*(rank.popen.pid for rank in running), *(process.pid for process in others)]
+            processes.send(others, signal.SIGKILL)  # again: one may have forked before it died
+        if self.phase in (Phase.LEFTOVERS, Phase.KILLING) and not running and self._all_gone():
             self.phase = Phase.GONE
         return []
 
-    def _enter(self, phase: Phase, seconds: float) -> None:
+    def _is_expired(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def _enter(self, phase: Phase, seconds: float | None) -> None:
+        """Begin ``phase``, with a deadline in ``seconds``; None keeps the deadline that is set."""
         self.phase = phase
-        self.deadline = time.monotonic() + seconds
+        if seconds is not None:
+            self.deadline = time.monotonic() + seconds
 
     def _end(self, number: int, *, grace_s: float | None = None) -> None:
         """Ask every rank to end. Only the ranks: a data worker that dies first would break its rank's last save."""
@@ -244,7 +227,7 @@ class Agent:
         self._ask_ranks(number)
         if number == signal.SIGINT:
             # KeyboardInterrupt waits for Python code to run; a rank inside a collective only hears SIGTERM.
-            self._next_escalation = (time.monotonic() + grace / 2, signal.SIGTERM)
+            self._escalation_at = time.monotonic() + grace / 2
 
     def _ask_ranks(self, number: int) -> None:
         for rank in self.ranks:
@@ -254,7 +237,7 @@ class Agent:
 
     def _kill(self) -> None:
         self._enter(Phase.KILLING, KILL_S)
-        self._next_escalation = None
+        self._escalation_at = None
         self._ask_ranks(signal.SIGKILL)
         processes.send(self._others(), signal.SIGKILL)
 
@@ -275,7 +258,7 @@ class Agent:
             return
         if not data:
             self.selector.unregister(self.control_fd)
-            self._lost = self._drop_output = True
+            self._drop_output = True
             self.stderr.put(b"ds run: the launcher is gone, ending all ranks\n")
             self.deadline = min(self.deadline or float("inf"), time.monotonic() + LOST_GRACE_S)
             self._end(signal.SIGTERM, grace_s=min(self.spec.grace_s, LOST_GRACE_S))
@@ -284,13 +267,16 @@ class Agent:
             self._signalled(int(word))
 
     def _signalled(self, number: int) -> None:
-        """Someone wants the job to end; whoever asks twice does not want to wait."""
-        if self.phase.value >= Phase.ENDING.value:
-            self._drop_output = True
-            if self.phase is not Phase.KILLING:
-                self._kill()
-            return
-        if not any(rank.status for rank in self.ranks):
+        """Someone wants the job to end; whoever asks again does not want to wait."""
+        now = time.monotonic()
+        # `timeout` and some schedulers send the same signal to the process and to its group: that is asking once.
+        asks_again = self._signalled_at is not None and now - self._signalled_at > AGAIN_S
+        self._signalled_at = self._signalled_at or now
+        if asks_again and self.phase in (Phase.ENDING, Phase.LEFTOVERS):
+            self._kill()
+        if self.phase is Phase.GONE:
+            self._drop_output = True  # only a blocked terminal keeps us now
+        if self.signal is None and not any(rank.status for rank in self.ranks):
             self.signal = number
         # SIGHUP says that the terminal is gone; what programs handle to save and stop is SIGTERM.
         self._end(signal.SIGTERM if number == signal.SIGHUP else number)
@@ -349,11 +335,9 @@ class Agent:
 
     def _failure(self) -> RankFailure | None:
         """Return the failure that came first, or None; ranks that ended because we asked them have not failed."""
-        failed = [rank for rank in self.ranks if rank.status and not rank.was_asked]
-        if not failed or self.signal is not None:
+        first = first_failed(self.ranks)
+        if first is None or first.status is None or self.signal is not None:
             return None
-        first = min(failed, key=lambda rank: rank.failed_tick)
-        assert first.status is not None
         lines, is_traceback = first.tail.excerpt()
         return RankFailure(
             rank=first.rank,
@@ -365,36 +349,6 @@ class Agent:
             out_of_memory=oom.explain(self._oom_before, oom.read_counters()) if first.status == -9 else None,
             log=first.log.path if first.log else None,
         )
-
-
-def rank_command(spec: AgentSpec, local_rank: int) -> list[str]:
-    """Return the program and arguments of one rank.
-
-    >>> spec = AgentSpec(["python", "a.py", "-x"], "id", nproc=2, world_size=2, local_rank_at=2)
-    >>> rank_command(spec, 1)
-    ['python', 'a.py', '--local_rank=1', '-x']
-    """
-    command = list(spec.command)
-    if spec.local_rank_at is not None:
-        command.insert(spec.local_rank_at, f"--local_rank={local_rank}")
-    return command
-
-
-def rank_environment(spec: AgentSpec, local_rank: int) -> dict[str, str]:
-    """Return the variables set for one rank."""
-    return {
-        **spec.env,
-        processes.MARK: spec.job_id,
-        "RANK": str(spec.first_rank + local_rank),
-        "LOCAL_RANK": str(local_rank),
-        "WORLD_SIZE": str(spec.world_size),
-        "LOCAL_WORLD_SIZE": str(spec.nproc),
-        "LOCAL_SIZE": str(spec.nproc),
-        "CROSS_RANK": str(spec.node_rank),
-        "CROSS_SIZE": str(spec.nodes),
-        "MASTER_ADDR": spec.master_addr,
-        "MASTER_PORT": str(spec.master_port),
-    }
 
 
 def main() -> None:
