@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata as metadata
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -136,7 +136,7 @@ def names(seam: str) -> tuple[str, ...]:
     return tuple(sorted({plugin.name for plugin in installed(seam)}))
 
 
-@lru_cache(maxsize=None)
+@cache
 def installed(seam: str) -> tuple[Plugin, ...]:
     """Return every plugin of ``seam``, one per package and name, without importing any.
 

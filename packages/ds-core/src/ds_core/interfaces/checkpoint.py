@@ -68,6 +68,7 @@ class CheckpointEngine(ABC):
 
     def __init__(self, options: Section | None, group: ProcessGroup | None) -> None:
         """``group``: the ranks that save together; None for one process without a process group."""
+        self.options, self.group = options, group
 
     @abstractmethod
     def save(self, directory: Path, tag: str, snapshot: Snapshot, *, latest: bool) -> None:

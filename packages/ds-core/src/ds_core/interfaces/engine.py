@@ -1,4 +1,7 @@
-"""Seam ``engine``: another engine class for a model or configuration, such as a pipeline. Contract: ``ds_core.testing.engine``."""
+"""Seam ``engine``: another engine class for a model or configuration, such as a pipeline.
+
+Contract: ``ds_core.testing.engine``.
+"""
 
 from __future__ import annotations
 

@@ -1,18 +1,20 @@
 """Logical tensors: the one vocabulary in which partitions describe what they hold and checkpoints store it.
 
-A logical tensor is named by (parameter or buffer name, kind) and has a global shape and dtype. What a rank holds of it
-is a :class:`Chunk`: a box inside the tensor (usually the whole of it), and a flat interval inside that box. A checkpoint
-written in any chunks is read in any others by :func:`overlaps`, so every stage and world size reads every other.
+A logical tensor is named by (parameter or buffer name, kind) and has a global shape and dtype. What a rank holds of
+it is a :class:`Chunk`: a box inside the tensor (usually the whole of it), and a flat interval inside that box. A
+checkpoint written in any chunks is read in any others by :func:`overlaps`, so every stage and world size reads every
+other.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from torch import Tensor
 
 __all__ = [

@@ -6,10 +6,11 @@ Contract: ``ds_core.testing.monitor``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ds_core.config import Section
 
 __all__ = ["Event", "Monitor"]
@@ -23,6 +24,7 @@ class Monitor(ABC):
 
     def __init__(self, section: Section) -> None:
         """``section``: its config section, such as ``ds_core.config.CsvMonitorSection``."""
+        self.section = section
 
     @abstractmethod
     def write_events(self, events: Sequence[Event]) -> None:

@@ -1,4 +1,4 @@
-"""Seam ``partition``: where parameters, gradients, masters and optimizer state live, and which collectives keep them right.
+"""Seam ``partition``: where parameters, gradients and optimizer state live, and which collectives keep them right.
 
 The entry name is the ZeRO stage (``1``, ``2``, ``3``), ``replicated`` for stage 0, or ``partition.type`` for one that
 is not DeepSpeed's. Contract: ``ds_core.testing.partition``.
@@ -6,7 +6,7 @@ is not DeepSpeed's. Contract: ``ds_core.testing.partition``.
 The order of calls, the same on every rank::
 
     for each micro-batch:  begin_backward(reduce=is_boundary)  -> autograd ->  end_backward()
-    at the boundary:       reduce() -> [optimizer.step on the tensors of optimizer_groups() -> publish()] -> clear_gradients()
+    at the boundary:       reduce() -> [optimizer.step -> publish(), unless skipped] -> clear_gradients()
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Partition(ABC):
 
     def __init__(self, inputs: PartitionInputs) -> None:
         """Collective over ``inputs.group``. May cast or move parameters and put hooks on them and their modules."""
+        self.inputs = inputs
 
     @property
     @abstractmethod

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ds_core.config import Config, Section
+    from ds_core.config import Config as Configuration
+    from ds_core.config import Section
 
 __all__ = ["LossScaler", "Precision", "PrecisionPlan"]
 
@@ -66,8 +67,9 @@ class Precision(ABC):
     Config: ClassVar[type[Section] | None] = None
     """Options of its own, ``precision.<name>``; DeepSpeed's sections are in ``ds_core.config`` already."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Configuration) -> None:
         """Raise ``ConfigError`` for what this precision cannot do. Called before a process group is touched."""
+        self.config = config
 
     @property
     @abstractmethod

@@ -1,13 +1,16 @@
-"""Seam ``runner``: starts the ranks of a job on hosts. The entry name is the launcher's word (``local``, ``slurm``, ...).
+"""Seam ``runner``: starts the ranks of a job on hosts.
 
-Torch-free. Contract: ``ds_core.testing.runner``.
+The entry name is the launcher's word (``local``, ``slurm``, ...). Torch-free. Contract: ``ds_core.testing.runner``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["Job", "Runner"]
 

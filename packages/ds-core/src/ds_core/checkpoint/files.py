@@ -1,0 +1,132 @@
+"""Files that are whole or absent: written beside, synced, renamed. And a safetensors writer that streams.
+
+The safetensors library's own writer wants every tensor in host memory at once; this one holds a single one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from ds_core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+    from typing import BinaryIO
+
+    from torch import Tensor
+
+__all__ = ["replace_text", "sync_folder", "write_safetensors"]
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""torch dtype -> the word of the safetensors format."""
+
+
+def write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]) -> int:
+    """Write ``tensors`` to ``path``, one at a time through host memory; durable under its name on return.
+
+    Args:
+        path: written as ``path.tmp`` beside, then renamed.
+        tensors: (name, tensor), any device and strides. Wider dtypes should come first, so that all are aligned.
+        metadata: strings for the header.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        CheckpointError: a dtype the format does not have.
+        OSError: the disk is full, the folder is read-only, ...; the partial file is removed.
+
+    Reference:
+        https://github.com/huggingface/safetensors#format
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name, tensor in tensors:
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"dtype {tensor.dtype} cannot be stored in a safetensors file",
+                where=f"tensor {name!r}",
+                fix=f"one of {', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)}",
+            )
+        end = at + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, so that readers can map them
+    with _written_beside(path) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for _, tensor in tensors:
+            file.write(_bytes_of(tensor))
+    return 8 + len(text) + at
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
+
+
+class _written_beside:  # noqa: N801  a context manager, read as a verb
+    """Open ``path.tmp``; on success sync and rename it to ``path``, on failure remove it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.beside = path.with_name(path.name + ".tmp")
+
+    def __enter__(self) -> BinaryIO:
+        self.file = self.beside.open("wb")
+        return self.file
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+        except OSError:
+            kind = OSError
+            raise
+        finally:
+            self.file.close()
+            if kind is not None:
+                self.beside.unlink(missing_ok=True)
+        if kind is None:
+            self.beside.replace(self.path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Give ``path`` the content ``text``: at any moment it has the old one or the new one whole. Durable on return."""
+    with _written_beside(path) as file:
+        file.write(text.encode())
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def files_of(folder: Path, suffix: str) -> Iterator[Path]:
+    """Yield the files in ``folder`` whose names end in ``suffix``, in order."""
+    yield from sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith(suffix))

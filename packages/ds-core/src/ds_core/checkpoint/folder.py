@@ -1,0 +1,70 @@
+"""The folder users see: ``directory/<tag>/`` for each checkpoint, and ``directory/latest`` naming one of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ds_core.checkpoint.files import replace_text
+from ds_core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["LATEST", "MANIFEST", "check_tag", "complete_tags", "read_latest", "write_latest"]
+
+LATEST = "latest"
+MANIFEST = "checkpoint.json"
+"""Its presence makes a folder a checkpoint: it is written last."""
+
+
+def check_tag(tag: object) -> str:
+    """Return ``tag`` as text that names one folder.
+
+    Raises:
+        CheckpointError: it is empty, ``latest``, or leads elsewhere.
+    """
+    text = str(tag)
+    if text in ("", ".", "..", LATEST) or "/" in text or "\\" in text or "\0" in text:
+        raise CheckpointError(
+            f"tag {text!r} cannot name a checkpoint", where="tag", fix="use a plain folder name, such as 'step_100'"
+        )
+    return text
+
+
+def complete_tags(directory: Path) -> list[str]:
+    """Return the tags in ``directory`` that are complete, newest last."""
+    if not directory.is_dir():
+        return []
+    manifests = [manifest for manifest in directory.glob(f"*/{MANIFEST}") if manifest.is_file()]
+    return [
+        path.parent.name for path in sorted(manifests, key=lambda path: (path.stat().st_mtime_ns, path.parent.name))
+    ]
+
+
+def read_latest(directory: Path) -> str:
+    """Return the tag that ``directory/latest`` names.
+
+    Raises:
+        CheckpointError: there is no such folder, or no such file in it.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"the checkpoint folder {str(directory)!r} does not exist",
+            where="load_checkpoint",
+            fix="check the path; save_checkpoint creates it",
+        )
+    try:
+        tag = (directory / LATEST).read_text().strip()
+    except FileNotFoundError:
+        found = complete_tags(directory)
+        raise CheckpointError(
+            "there is no file 'latest' that names the checkpoint to load",
+            where=str(directory),
+            fix=f"pass tag=, one of {', '.join(found)}" if found else "check the path: no checkpoint is in it",
+        ) from None
+    return check_tag(tag)
+
+
+def write_latest(directory: Path, tag: str) -> None:
+    """Make ``latest`` name ``tag``: in one step, durable on return."""
+    replace_text(directory / LATEST, tag)

@@ -1,0 +1,104 @@
+"""Python values <-> JSON, exactly: what JSON cannot hold is tagged where we know how, else refused with its key.
+
+Needed because ``json`` alone turns tuples into lists and integer keys into strings without a word.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections import Counter, OrderedDict, defaultdict
+from typing import Any
+
+from ds_core.errors import CheckpointError
+
+__all__ = ["decode", "encode"]
+
+_TAG = "$ds"
+MAX_TENSOR_BYTES = 2**20
+"""A larger tensor in the JSON part is surely a mistake: it belongs into the model or a buffer."""
+
+
+def encode(value: Any, where: str) -> Any:
+    """Return ``value`` in what JSON can hold.
+
+    None, booleans, numbers (inf and NaN too), strings, lists, tuples, dictionaries with such keys, small tensors and
+    NumPy scalars are understood.
+
+    Args:
+        where: name of the value, for errors: ``client_state``.
+
+    Raises:
+        CheckpointError: naming the key of what cannot be stored.
+    """
+    if value is None or isinstance(value, bool | str) or type(value) is int:
+        return value
+    if isinstance(value, int):  # IntEnum and the like
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {_TAG: "float", "value": repr(float(value))}
+    if isinstance(value, list):
+        return [encode(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, tuple) and type(value) is tuple:
+        return {_TAG: "tuple", "value": [encode(item, f"{where}[{index}]") for index, item in enumerate(value)]}
+    if type(value) in (dict, OrderedDict, Counter) or isinstance(value, defaultdict):
+        if all(type(key) is str and key != _TAG for key in value):
+            return {key: encode(item, f"{where}.{key}") for key, item in value.items()}
+        pairs = [[encode(k, where), encode(v, f"{where}[{k!r}]")] for k, v in value.items()]
+        return {_TAG: "dict", "value": pairs}
+    special = _encode_array(value, where)
+    if special is not None:
+        return special
+    raise CheckpointError(
+        f"a value of type {type(value).__name__} cannot be stored in a checkpoint without pickle",
+        where=where,
+        fix="store numbers, strings, lists, tuples and dictionaries; keep larger things in buffers or own files",
+    )
+
+
+def _encode_array(value: Any, where: str) -> Any:
+    import numpy as np
+    import torch
+
+    if isinstance(value, np.generic):
+        return encode(value.item(), where)
+    if not isinstance(value, torch.Tensor):
+        return None
+    if value.nbytes > MAX_TENSOR_BYTES:
+        raise CheckpointError(
+            f"a tensor of {value.nbytes} bytes in the JSON part of a checkpoint (allowed: {MAX_TENSOR_BYTES})",
+            where=where,
+            fix="register it as a buffer of the model, or write it to a file of its own",
+        )
+    data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return {
+        _TAG: "tensor",
+        "dtype": str(value.dtype).removeprefix("torch."),
+        "shape": list(value.shape),
+        "value": base64.b64encode(data).decode("ascii"),
+    }
+
+
+def decode(value: Any) -> Any:
+    """Return what :func:`encode` was given; tensors are on the CPU."""
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    tag = value.get(_TAG)
+    if tag is None:
+        return {key: decode(item) for key, item in value.items()}
+    if tag == "float":
+        return float(value["value"])
+    if tag == "tuple":
+        return tuple(decode(item) for item in value["value"])
+    if tag == "dict":
+        return {decode(key): decode(item) for key, item in value["value"]}
+    if tag == "tensor":
+        import torch
+
+        data = bytearray(base64.b64decode(value["value"]))
+        dtype = getattr(torch, value["dtype"])
+        flat = torch.frombuffer(data, dtype=torch.uint8).view(dtype) if data else torch.empty(0, dtype=dtype)
+        return flat.reshape(value["shape"])
+    raise CheckpointError(f"unknown tag {tag!r} in the JSON part", where="checkpoint", fix="upgrade ds-core")

@@ -1,0 +1,269 @@
+"""The built-in checkpoint engine: one safetensors file per rank, and a manifest that makes them a checkpoint.
+
+Note: commit. ``directory/tag/`` gets ``rank_00000-<id>.safetensors`` from each rank, with an id of this save in the
+name; when all are synced, rank 0 replaces ``checkpoint.json`` in one rename. A crash before it leaves the checkpoint
+that was there, files of the torn save are never read and are removed by the next save under the tag. ``latest`` is
+written after that.
+
+The files carry sizes, not checksums: a truncated file is refused, a flipped byte is ds-ckpt's business.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ds_core.checkpoint.files import files_of, replace_text, sync_folder, write_safetensors
+from ds_core.checkpoint.folder import MANIFEST, complete_tags, write_latest
+from ds_core.comm import raise_together
+from ds_core.errors import CheckpointError
+from ds_core.interfaces.checkpoint import CheckpointEngine, CheckpointReader
+from ds_core.interfaces.logical import Box, Chunk, LogicalTensor, Piece, Snapshot, overlaps
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+__all__ = ["FORMAT_VERSION", "PlainCheckpoint", "PlainReader"]
+
+FORMAT = "ds-plain"
+FORMAT_VERSION = 1
+_SUFFIX = ".safetensors"
+
+
+class PlainCheckpoint(CheckpointEngine):
+    """Writes files first and the manifest last, so a torn checkpoint is never visible. Nothing is pickled."""
+
+    def save(self, directory: Path, tag: str, snapshot: Snapshot, *, latest: bool) -> None:
+        rank, world_size = self._place()
+        folder = directory / tag
+        save_id = self._agree_on_id()
+        name = f"rank_{rank:05d}-{save_id}{_SUFFIX}"
+        self._together(lambda: self._write_own(folder, name, rank, snapshot), folder)
+        self._together(
+            lambda: self._commit(directory, tag, save_id, world_size, snapshot, latest) if rank == 0 else None, folder
+        )
+
+    def open(self, directory: Path, tag: str) -> PlainReader:
+        return PlainReader(directory, tag)
+
+    def _place(self) -> tuple[int, int]:
+        if self.group is None:
+            return 0, 1
+        import torch.distributed as dist
+
+        return dist.get_rank(self.group), dist.get_world_size(self.group)
+
+    def _agree_on_id(self) -> str:
+        chosen = [uuid.uuid4().hex[:12]]
+        if self.group is not None:
+            import torch.distributed as dist
+
+            dist.broadcast_object_list(chosen, group=self.group, group_src=0)
+        return chosen[0]
+
+    def _together(self, work: Any, folder: Path) -> None:
+        """Run a part of the save; if it fails on one rank it fails on all, with that rank's reason."""
+        failure: CheckpointError | None = None
+        try:
+            work()
+        except CheckpointError as error:
+            failure = error
+        except OSError as error:
+            failure = CheckpointError(
+                f"the checkpoint cannot be written: {error.strerror or error}",
+                where=str(error.filename or folder),
+                fix="free space or choose another folder; what was saved before is untouched",
+            )
+        raise_together(failure, self.group)
+
+    def _write_own(self, folder: Path, name: str, rank: int, snapshot: Snapshot) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        mine = [piece for piece in snapshot.pieces if piece.writer == rank]
+        # Wide dtypes first: then every tensor starts at a multiple of its item size.
+        mine.sort(key=lambda piece: -piece.data.element_size())
+        table = [_describe(piece) for piece in mine]
+        write_safetensors(
+            folder / name,
+            [(_key(piece), piece.data) for piece in mine],
+            {"pieces": json.dumps(table), "rank_state": json.dumps(dict(snapshot.rank_state))},
+        )
+        sync_folder(folder)
+
+    def _commit(
+        self, directory: Path, tag: str, save_id: str, world_size: int, snapshot: Snapshot, latest: bool
+    ) -> None:
+        folder = directory / tag
+        names = [f"rank_{rank:05d}-{save_id}{_SUFFIX}" for rank in range(world_size)]
+        manifest = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "world_size": world_size,
+            "files": {name: (folder / name).stat().st_size for name in names},
+            "state": dict(snapshot.state),
+        }
+        replace_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+        sync_folder(directory)
+        if latest:
+            write_latest(directory, tag)
+        for path in files_of(folder, _SUFFIX):
+            if path.name not in names:
+                path.unlink()
+        for path in files_of(folder, _SUFFIX + ".tmp"):
+            path.unlink()
+
+
+def _key(piece: Piece) -> str:
+    of, chunk = piece.of, piece.chunk
+    key = f"{of.kind}:{of.name}"
+    if of.rank is not None:
+        key += f":rank{of.rank}"
+    if chunk != Chunk.whole(of.shape):
+        key += f":{'_'.join(map(str, chunk.box.start))}:{chunk.offset}"
+    return key
+
+
+def _describe(piece: Piece) -> dict[str, Any]:
+    of, chunk = piece.of, piece.chunk
+    return {
+        "key": _key(piece),
+        "name": of.name,
+        "kind": of.kind,
+        "shape": of.shape,
+        "dtype": of.dtype,
+        "rank": of.rank,
+        "box": [chunk.box.start, chunk.box.size],
+        "interval": [chunk.offset, chunk.length],
+    }
+
+
+class PlainReader(CheckpointReader):
+    """Reads what :class:`PlainCheckpoint` wrote. Files are mapped: only the parts asked for are read."""
+
+    def __init__(self, directory: Path, tag: str) -> None:
+        self._folder = directory / tag
+        self._manifest = _read_manifest(directory, tag)
+        self._stored: dict[tuple[str, str, int | None], tuple[LogicalTensor, list[tuple[Chunk, Tensor]]]] = {}
+        self._rank_states: list[Mapping[str, Any]] = []
+        for name, size in self._manifest["files"].items():
+            self._open_file(self._folder / name, size)
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        state: Mapping[str, Any] = self._manifest["state"]
+        return state
+
+    @property
+    def world_size(self) -> int:
+        return int(self._manifest["world_size"])
+
+    def rank_state(self, rank: int) -> Mapping[str, Any]:
+        return self._rank_states[rank]
+
+    def tensors(self) -> Sequence[LogicalTensor]:
+        return [of for of, _ in self._stored.values()]
+
+    def read(self, wanted: Sequence[Piece]) -> None:
+        with torch.no_grad():
+            for piece in wanted:
+                self._read_piece(piece)
+
+    def close(self) -> None:
+        self._stored.clear()
+
+    def _open_file(self, path: Path, size: int) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError:
+            raise self._damaged("a file of the checkpoint is missing", path) from None
+        if found != size:
+            raise self._damaged(f"a file of the checkpoint has {found} bytes instead of {size}", path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                self._rank_states.append(json.loads(metadata["rank_state"]))
+                for row in json.loads(metadata["pieces"]):
+                    of = LogicalTensor(row["name"], row["kind"], tuple(row["shape"]), row["dtype"], row["rank"])
+                    start, box_size = row["box"]
+                    chunk = Chunk(Box(tuple(start), tuple(box_size)), *row["interval"])
+                    chunks = self._stored.setdefault((of.name, of.kind, of.rank), (of, []))[1]
+                    chunks.append((chunk, file.get_tensor(row["key"])))
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged(f"a file of the checkpoint cannot be read: {error}", path) from error
+
+    def _damaged(self, what: str, path: Path) -> CheckpointError:
+        others = [tag for tag in complete_tags(self._folder.parent) if tag != self._folder.name]
+        fix = f"load another one, such as tag={others[-1]!r}" if others else "restore the file from a copy"
+        return CheckpointError(what, where=str(path), fix=fix)
+
+    def _read_piece(self, piece: Piece) -> None:
+        of = piece.of
+        label = f"{of.kind} {of.name!r}"
+        stored = self._stored.get((of.name, of.kind, of.rank))
+        if stored is None:
+            raise CheckpointError(
+                f"the checkpoint has no {label}",
+                where=str(self._folder),
+                fix="load it into the model that wrote it, or pass load_module_strict=False to leave it as it is",
+            )
+        if stored[0].shape != of.shape:
+            raise CheckpointError(
+                f"{label} has shape {list(stored[0].shape)} in the checkpoint and {list(of.shape)} in the model",
+                where=str(self._folder),
+                fix="load it into a model of the same sizes",
+            )
+        filled = 0
+        target = piece.data if piece.data.is_contiguous() else torch.empty_like(piece.data).contiguous()
+        flat = target.view(-1)
+        for chunk, data in stored[1]:
+            source = data.reshape(-1)
+            for part in overlaps(chunk, piece.chunk):
+                a, b = part.source, part.target
+                from_box = source[a.offset : a.offset + a.box.numel].view(a.box.size)[part.source_slices]
+                to_box = flat[b.offset : b.offset + b.box.numel].view(b.box.size)[part.target_slices]
+                to_box.copy_(from_box)
+                filled += part.numel
+        if filled != piece.chunk.length:
+            raise CheckpointError(
+                f"{label}: the checkpoint has {filled} of {piece.chunk.length} elements", where=str(self._folder)
+            )
+        if target is not piece.data:
+            piece.data.copy_(target.view_as(piece.data))
+
+
+def _read_manifest(directory: Path, tag: str) -> dict[str, Any]:
+    path = directory / tag / MANIFEST
+    others = complete_tags(directory)
+    fix = f"complete checkpoints there: {', '.join(others)}" if others else "no complete checkpoint is in this folder"
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        half = path.parent.is_dir()
+        what = (
+            f"checkpoint {tag!r} is not complete: it has no {MANIFEST}" if half else f"there is no checkpoint {tag!r}"
+        )
+        raise CheckpointError(what, where=str(directory), fix=fix) from None
+    except ValueError as error:
+        raise CheckpointError(f"the manifest is damaged: {error}", where=str(path), fix=fix) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"this checkpoint was not written by the engine 'plain' but by {str(manifest)[:40]!r}"
+            if not isinstance(manifest, dict)
+            else f"this checkpoint has format {manifest.get('format')!r}, not {FORMAT!r}",
+            where=str(path),
+            fix="set checkpoint.engine to the engine that wrote it",
+        )
+    if manifest["version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"this checkpoint has version {manifest['version']} of its format, known is {FORMAT_VERSION}",
+            where=str(path),
+            fix="pip install --upgrade ds-core",
+        )
+    return manifest

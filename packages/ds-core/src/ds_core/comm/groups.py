@@ -1,0 +1,158 @@
+"""The process group: joined once, from the launcher's environment, or for one process alone."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from ds_core.errors import CommError, NotBuiltError
+from ds_core.log import logger
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = [
+    "barrier",
+    "destroy_process_group",
+    "expected_world_size",
+    "get_local_rank",
+    "get_rank",
+    "get_world_size",
+    "init_distributed",
+    "is_initialized",
+]
+
+_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def init_distributed(
+    dist_backend: str | None = None,
+    auto_mpi_discovery: bool = True,
+    distributed_port: int = 29500,
+    verbose: bool = True,
+    timeout: timedelta | None = None,
+    init_method: str | None = None,
+    dist_init_required: bool | None = None,
+    config: Any = None,
+    rank: int = -1,
+    world_size: int = -1,
+) -> None:
+    """Join the job's process group; every rank calls it. Returns at once where the user already did.
+
+    Without a launcher's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) this process is a job of one rank;
+    no port is opened then.
+
+    Args:
+        dist_backend: torch.distributed's name; None: the accelerator's (``nccl`` or ``gloo``).
+        auto_mpi_discovery: accepted for DeepSpeed's signature; ranks started by MPI come with ds-launcher.
+        distributed_port: used with ``rank`` and ``world_size`` where MASTER_PORT is not set.
+        verbose: log which backend is used.
+        timeout: of a collective; None: environment ``DEEPSPEED_TIMEOUT`` in minutes, else 10 minutes.
+        init_method: torch's address of the rendezvous, instead of the environment.
+        dist_init_required: False: it must be initialised already.
+        config: accepted for DeepSpeed's signature; configures the communication logger, which is not built yet.
+        rank, world_size: instead of the environment.
+
+    Raises:
+        CommError: ``dist_init_required`` is False and it is not initialised, or the environment is incomplete.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    if dist_init_required is False:
+        raise CommError(
+            "torch.distributed is not initialised, and dist_init_required=False forbids to do it",
+            where="init_distributed",
+            fix="call torch.distributed.init_process_group before, or leave dist_init_required out",
+        )
+    from torch._C._distributed_c10d import HashStore
+
+    from ds_core.accelerator import get_accelerator
+
+    backend = dist_backend or get_accelerator().communication_backend_name()
+    timeout = timeout or timedelta(minutes=float(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
+    present = [name for name in _LAUNCHER if name in os.environ]
+    if init_method is not None or len(present) == len(_LAUNCHER):
+        dist.init_process_group(backend, init_method=init_method, timeout=timeout, rank=rank, world_size=world_size)
+    elif rank >= 0 and world_size > 0:
+        address = (
+            f"tcp://{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', distributed_port)}"
+        )
+        dist.init_process_group(backend, init_method=address, timeout=timeout, rank=rank, world_size=world_size)
+    elif "OMPI_COMM_WORLD_SIZE" in os.environ and int(os.environ["OMPI_COMM_WORLD_SIZE"]) > 1:
+        raise NotBuiltError(
+            "this process was started by MPI; finding the ranks of an MPI job is not built yet",
+            where="init_distributed",
+            fix=f"set {', '.join(_LAUNCHER)} for each rank, or start the job with 'ds run'",
+        )
+    elif present:
+        missing = [name for name in _LAUNCHER if name not in os.environ]
+        raise CommError(
+            f"the environment of a job is incomplete: {', '.join(present)} set, {', '.join(missing)} missing",
+            where="init_distributed",
+            fix="start the script with 'ds run' or torchrun, or unset them all to run as one process",
+        )
+    else:
+        dist.init_process_group(backend, store=HashStore(), timeout=timeout, rank=0, world_size=1)
+    if verbose and dist.get_rank() == 0 and dist.get_world_size() > 1:
+        logger.info("%d ranks, backend %s", dist.get_world_size(), backend)
+
+
+def is_initialized() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
+def expected_world_size() -> int:
+    """Return the number of ranks of the job, also before the process group is joined."""
+    if is_initialized():
+        return get_world_size()
+    value = os.environ.get("WORLD_SIZE", "1")
+    if not value.isdecimal() or int(value) < 1:
+        raise CommError(f"WORLD_SIZE is {value!r}", where="environment", fix="a positive whole number")
+    return int(value)
+
+
+def _needs_group() -> None:
+    if not is_initialized():
+        raise CommError(
+            "the process group is not initialised", where="ds_core.comm", fix="call ds_core.init_distributed() first"
+        )
+
+
+def get_rank(group: ProcessGroup | None = None) -> int:
+    """Return this process's place in ``group``, the whole job if None."""
+    import torch.distributed as dist
+
+    _needs_group()
+    return dist.get_rank(group)
+
+
+def get_world_size(group: ProcessGroup | None = None) -> int:
+    import torch.distributed as dist
+
+    _needs_group()
+    return dist.get_world_size(group)
+
+
+def get_local_rank() -> int:
+    """Return this process's place on its host, from the launcher's environment; 0 without one."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")))
+
+
+def barrier(group: ProcessGroup | None = None) -> None:
+    """Wait until every rank of ``group`` is here."""
+    import torch.distributed as dist
+
+    _needs_group()
+    dist.barrier(group)
+
+
+def destroy_process_group(group: ProcessGroup | None = None) -> None:
+    import torch.distributed as dist
+
+    if is_initialized():
+        dist.destroy_process_group(group)

@@ -1,0 +1,103 @@
+"""Agreement between ranks: one fails, all fail with its reason; what must be equal is compared or made so."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ds_core.errors import CommError, DsError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+__all__ = ["broadcast_tensors", "raise_together", "same_on_all_ranks"]
+
+BROADCAST_BYTES = 25 * 2**20
+"""Small tensors travel together in messages of about this size."""
+
+
+def raise_together(error: Exception | None, group: ProcessGroup | None) -> None:
+    """Raise on every rank if any rank has an error; a rank's own error is raised as it is. Collective.
+
+    Args:
+        error: what went wrong on this rank, or None.
+        group: the ranks that agree; None: this process alone.
+
+    Raises:
+        DsError: of the class of the first failing rank's error where that is a DsError, naming the rank.
+    """
+    if group is None:
+        if error is not None:
+            raise error
+        return
+    import torch.distributed as dist
+
+    if dist.get_world_size(group) > 1:
+        told: list[DsError | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(told, _portable(error), group=group)
+        if error is None:
+            for rank, theirs in enumerate(told):
+                if theirs is not None:
+                    raise type(theirs)(f"rank {rank} failed: {theirs.what}", where=theirs.where, fix=theirs.fix)
+    if error is not None:
+        raise error
+
+
+def _portable(error: Exception | None) -> DsError | None:
+    if error is None or isinstance(error, DsError):
+        return error
+    return CommError(f"{type(error).__name__}: {error}")
+
+
+def same_on_all_ranks(value: Any, group: ProcessGroup | None) -> dict[int, Any]:
+    """Return the ranks whose ``value`` differs from rank 0's, with theirs; empty when all agree. Collective."""
+    if group is None:
+        return {}
+    import torch.distributed as dist
+
+    if dist.get_world_size(group) == 1:
+        return {}
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return {rank: theirs for rank, theirs in enumerate(values) if theirs != values[0]}
+
+
+def broadcast_tensors(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
+    """Copy rank 0's values of ``tensors`` into every rank's, in place. Collective; blocks.
+
+    All ranks pass tensors of equal shapes and dtypes in equal order. Needs about 25 MB beside them.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if dist.get_world_size(group) == 1:
+        return
+    pending: list[Tensor] = []
+    size = 0
+
+    def send() -> None:
+        nonlocal pending, size
+        if len(pending) == 1 and pending[0].is_contiguous():
+            dist.broadcast(pending[0], group=group, group_src=0)
+        elif pending:
+            flat = torch.cat([tensor.reshape(-1) for tensor in pending])
+            dist.broadcast(flat, group=group, group_src=0)
+            for tensor, part in zip(pending, flat.split([tensor.numel() for tensor in pending]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+        pending, size = [], 0
+
+    with torch.no_grad():
+        for tensor in tensors:
+            if tensor.numel() == 0:
+                continue
+            if pending and (
+                pending[0].dtype != tensor.dtype
+                or pending[0].device != tensor.device
+                or size + tensor.nbytes > BROADCAST_BYTES
+            ):
+                send()
+            pending.append(tensor.detach())
+            size += tensor.nbytes
+        send()

@@ -1,0 +1,313 @@
+"""Chooses and builds the parts of an engine: the only module that knows how configuration becomes parts.
+
+What a mistake in the configuration can break is checked by :func:`choose` before a process group or device is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ds_core import comm, registry
+from ds_core.accelerator import get_accelerator
+from ds_core.engine.engine import DeepSpeedEngine
+from ds_core.engine.observers import MonitorObserver, ProgressLine
+from ds_core.engine.parts import Accumulation, Clip, Parts, ScheduleStep
+from ds_core.errors import CommError, ConfigError, EngineError
+from ds_core.interfaces.engine import EngineProvider
+from ds_core.interfaces.partition import Partition, PartitionInputs
+from ds_core.optim.build import build_optimizer, check_steps_without_closure, find_optimizer
+from ds_core.optim.scaled import OptimizerStep
+from ds_core.schedules import build_schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from torch.distributed import ProcessGroup
+
+    from ds_core.config import Config
+    from ds_core.interfaces.checkpoint import CheckpointEngine
+    from ds_core.interfaces.monitor import Monitor
+    from ds_core.interfaces.precision import Precision
+    from ds_core.interfaces.scheduler import LRSchedule
+
+__all__ = ["Arguments", "Choice", "PlainEngineProvider", "build_engine", "choose"]
+
+_MONITORS = ("csv_monitor",)
+"""Config sections of the seam ``monitor`` that ds-core's schema has."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of ``initialize`` that reach an engine."""
+
+    model: nn.Module
+    config: Config
+    optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None = None
+    model_parameters: Iterable[Any] | None = None
+    training_data: Any = None
+    lr_scheduler: Any = None
+    collate_fn: Callable[[Any], Any] | None = None
+    device_index: int | None = None
+    distributed_port: int = 29500
+    dist_init_required: bool | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The plugins a configuration asks for."""
+
+    precision: Precision
+    partition: type[Partition]
+    checkpoint: type[CheckpointEngine]
+    monitors: Mapping[str, type[Monitor]]
+
+
+class PlainEngineProvider(EngineProvider):
+    """The engine for every model that no other provider claims."""
+
+    def matches(self, model: nn.Module, config: Config) -> bool:
+        return True
+
+    def build(self, **arguments: Any) -> DeepSpeedEngine:
+        return build_engine(Arguments(**arguments))
+
+
+def choose(config: Config) -> Choice:
+    """Look up every plugin ``config`` names. Touches no device and no process group.
+
+    Raises:
+        MissingPackageError: naming the option and the package to install.
+        ConfigError: a plugin refuses its options.
+    """
+    name, needed_by = _precision_name(config)
+    precision: Precision = registry.load("precision", name, needed_by=needed_by)(config)
+    stage = config.zero_optimization.stage
+    partition = config.partition.type or ("replicated" if stage == 0 else str(stage))
+    by = "partition.type" if config.partition.type else f"zero_optimization.stage {stage}"
+    if config.optimizer is not None:
+        find_optimizer(config.optimizer.type)
+    return Choice(
+        precision,
+        registry.load("partition", partition, needed_by=by),
+        registry.load("checkpoint", config.checkpoint.engine, needed_by="checkpoint.engine"),
+        {
+            section: registry.load("monitor", section, needed_by=f"{section}.enabled")
+            for section in _MONITORS
+            if getattr(config, section).enabled
+        },
+    )
+
+
+def _precision_name(config: Config) -> tuple[str, str]:
+    if config.precision.type is not None:
+        return config.precision.type, "precision.type"
+    for name in ("fp16", "bf16", "torch_autocast"):
+        if getattr(config, name).enabled:
+            return name, f"{name}.enabled"
+    return "fp32", "precision"
+
+
+def build_engine(arguments: Arguments) -> DeepSpeedEngine:
+    """Build the engine. Collective: every rank passes an equal model (its values may differ) and equal arguments.
+
+    Raises:
+        ConfigError: the optimizer or schedule cannot be built as asked.
+        CommError: the model or its parameter groups differ between ranks.
+    """
+    config, module = arguments.config, arguments.model
+    choice = choose(config)
+    groups = _param_groups(arguments)
+    _check_strangers(groups, module)
+    comm.init_distributed(distributed_port=arguments.distributed_port, dist_init_required=arguments.dist_init_required)
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    device = _device(arguments.device_index)
+    module.to(device)
+    names = {param: name for name, param in module.named_parameters()}
+    _check_ranks_agree(module, groups, names, group)
+    comm.broadcast_tensors([*module.parameters(), *module.buffers()], group)
+    partition = optimizer = schedule = None
+    if groups and (arguments.optimizer is not None or config.optimizer is not None):
+        inputs = PartitionInputs(module, groups, names, choice.precision.plan, group, device, config)
+        partition = choice.partition(inputs)
+        optimizer = _optimizer(arguments, partition)
+        schedule = _schedule(arguments, optimizer)
+    elif arguments.lr_scheduler is not None or config.scheduler is not None:
+        raise ConfigError(
+            "a learning-rate schedule was given, but there is no optimizer it could drive",
+            where="scheduler" if arguments.lr_scheduler is None else "lr_scheduler",
+            fix="configure the section 'optimizer', or pass optimizer= to initialize",
+        )
+    parts = Parts(
+        forward=_forward(module, choice.precision, device),
+        precision=choice.precision,
+        partition=partition,
+        optimizer=None if optimizer is None else OptimizerStep(optimizer),
+        schedule=ScheduleStep(schedule),
+        accumulation=Accumulation(config.gradient_accumulation_steps),
+        clip=Clip(config.gradient_clipping),
+        checkpoint=choice.checkpoint(
+            config.options("checkpoint", config.checkpoint.engine, choice.checkpoint.Config), group
+        ),
+        names=names,
+        group=group,
+        observers=_observers(config, choice),
+    )
+    engine = DeepSpeedEngine(module, parts, config, device=device)
+    if arguments.training_data is not None:
+        engine.training_dataloader = engine.deepspeed_io(arguments.training_data, collate_fn=arguments.collate_fn)
+    return engine
+
+
+def _device(index: int | None) -> torch.device:
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return accelerator.device()
+    index = comm.get_local_rank() if index is None else index
+    if index >= accelerator.device_count():
+        raise EngineError(
+            f"local rank {index} has no device: this host has {accelerator.device_count()}",
+            where=f"accelerator {accelerator.device_name()!r}",
+            fix="start at most one rank per device, or set DS_ACCELERATOR=cpu",
+        )
+    accelerator.set_device(index)
+    return accelerator.device(index)
+
+
+def _forward(module: nn.Module, precision: Precision, device: torch.device) -> Callable[..., Any]:
+    plan = precision.plan
+    forward: Callable[..., Any] = module
+    if plan.autocast is not None:
+        autocast = torch.autocast(device.type, dtype=plan.autocast)
+        forward = autocast(forward)
+    if plan.input_cast is not None:
+        inner, dtype = forward, plan.input_cast
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return inner(*_cast_floats(args, dtype), **_cast_floats(kwargs, dtype))
+
+    return forward
+
+
+def _cast_floats(value: Any, dtype: torch.dtype) -> Any:
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, value)
+
+
+def _param_groups(arguments: Arguments) -> list[dict[str, Any]]:
+    """Return the groups to train, each with at least one parameter that requires grad, none twice."""
+    if isinstance(arguments.optimizer, torch.optim.Optimizer):
+        check_steps_without_closure(arguments.optimizer)
+        given: list[Any] = arguments.optimizer.param_groups
+    else:
+        given = list(arguments.model.parameters() if arguments.model_parameters is None else arguments.model_parameters)
+    as_groups = [dict(group) for group in given if isinstance(group, dict)]
+    if as_groups and len(as_groups) != len(given):
+        raise ConfigError(
+            "model_parameters mixes parameters and groups",
+            where="initialize(model_parameters)",
+            fix="pass either parameters, or dictionaries with a key 'params'",
+        )
+    groups = as_groups or [{"params": given}]
+    seen: set[nn.Parameter] = set()
+    for group in groups:
+        params = group.get("params", [])
+        params = [params] if isinstance(params, torch.Tensor) else list(params)
+        wrong = [type(param).__name__ for param in params if not isinstance(param, nn.Parameter)]
+        if wrong:
+            raise ConfigError(
+                f"model_parameters holds a {wrong[0]}, expected parameters of the model",
+                where="initialize(model_parameters)",
+                fix="pass model.parameters()",
+            )
+        if any(param in seen for param in params) or len(set(params)) != len(params):
+            raise ConfigError(
+                "a parameter is in the parameter groups twice",
+                where="initialize(model_parameters)",
+                fix="put each parameter into one group",
+            )
+        seen.update(params)
+        group["params"] = [param for param in params if param.requires_grad]
+    return [group for group in groups if group["params"]]
+
+
+def _check_strangers(groups: Sequence[Mapping[str, Any]], module: nn.Module) -> None:
+    own = set(module.parameters())
+    strangers = sum(param not in own for group in groups for param in group["params"])
+    if strangers:
+        raise ConfigError(
+            f"{strangers} parameters to train are not parameters of the model",
+            where="initialize(optimizer or model_parameters)",
+            fix="build the optimizer from the parameters of the model that is passed",
+        )
+
+
+def _check_ranks_agree(
+    module: nn.Module, groups: Sequence[Mapping[str, Any]], names: Mapping[nn.Parameter, str], group: ProcessGroup
+) -> None:
+    """Compare what every later collective relies on, so that a difference is named here and does not hang there."""
+    facts = [f"{name} {list(t.shape)} {t.dtype}" for name, t in (*module.named_parameters(), *module.named_buffers())]
+    facts += [f"group {i}: {names[param]}" for i, g in enumerate(groups) for param in g["params"]]
+    digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
+    differing = comm.same_on_all_ranks(digest, group)
+    if differing:
+        raise CommError(
+            f"the model or its parameter groups differ between ranks: {sorted(differing)} differ from rank 0",
+            where="initialize",
+            fix="build the same parameters, in the same order and shapes, with the same requires_grad, on every rank",
+        )
+
+
+def _optimizer(arguments: Arguments, partition: Partition) -> torch.optim.Optimizer:
+    groups = partition.optimizer_groups()
+    given, section = arguments.optimizer, arguments.config.optimizer
+    if isinstance(given, torch.optim.Optimizer):
+        kept = [g for g in given.param_groups if any(param.requires_grad for param in g["params"])]
+        given.param_groups = kept
+        for own, group in zip(kept, groups, strict=True):
+            own["params"] = group["params"]
+        return given
+    if given is not None:
+        built = given(groups)
+        if not isinstance(built, torch.optim.Optimizer):
+            raise ConfigError(
+                f"the optimizer callable returned a {type(built).__name__}",
+                where="initialize(optimizer)",
+                fix="return a torch.optim.Optimizer",
+            )
+        check_steps_without_closure(built)
+        return built
+    assert section is not None
+    return build_optimizer(section.type, section.params, groups)
+
+
+def _schedule(arguments: Arguments, optimizer: torch.optim.Optimizer) -> LRSchedule | None:
+    given, section = arguments.lr_scheduler, arguments.config.scheduler
+    if given is None:
+        return None if section is None else build_schedule(section.type, section.params, optimizer)
+    schedule: LRSchedule = given if hasattr(given, "step") else given(optimizer)
+    drives = getattr(schedule, "optimizer", None)
+    if isinstance(drives, torch.optim.Optimizer) and drives is not optimizer:
+        raise ConfigError(
+            "the schedule drives another optimizer than the engine's, so it would change nothing here",
+            where="initialize(lr_scheduler)",
+            fix="pass a callable that takes the optimizer, or pass the schedule's optimizer as optimizer=",
+        )
+    return schedule
+
+
+def _observers(config: Config, choice: Choice) -> list[Any]:
+    if comm.get_rank() != 0:
+        return []
+    found: list[Any] = []
+    if config.steps_per_print is not None:
+        found.append(ProgressLine(config.steps_per_print))
+    if choice.monitors:
+        found.append(MonitorObserver([cls(getattr(config, name)) for name, cls in choice.monitors.items()]))
+    return found

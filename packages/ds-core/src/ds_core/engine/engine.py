@@ -1,0 +1,202 @@
+"""The engine: a short sequence over its parts. What the parts are is decided in ``build.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ds_core.engine.face import EngineFace
+from ds_core.engine.parts import Outcome, Parts, StepRecord, global_norm
+from ds_core.errors import EngineError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ds_core.config import Config
+    from ds_core.data import DeepSpeedDataLoader
+
+__all__ = ["Counters", "DeepSpeedEngine"]
+
+
+@dataclass
+class Counters:
+    """What a step counts. Saved in checkpoints."""
+
+    global_steps: int = 0
+    global_samples: int = 0
+    skipped_steps: int = 0
+
+
+class DeepSpeedEngine(EngineFace):
+    """Runs a model in ``forward``, ``backward``, ``step``: the loop of spec/core.md section 3.
+
+    Made by :func:`ds_core.initialize`. Every rank makes the same calls in the same order::
+
+        for x, y in loader:
+            loss = engine(x, y)
+            engine.backward(loss)
+            engine.step()
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parts: Parts,
+        config: Config,
+        *,
+        device: torch.device,
+        training_dataloader: DeepSpeedDataLoader | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.module = module
+        self.parts = parts
+        self.device = device
+        self.training_dataloader = training_dataloader
+        self._config = config
+        self.counters = Counters()
+        self.outcome = Outcome.ACCUMULATED
+        """How the last ``step()`` ended."""
+        self._norm: float | None = None
+        self._seeds: dict[tuple[Any, ...], Tensor] = {}
+        self._destroyed = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module returns, unchanged."""
+        return self.parts.forward(*args, **kwargs)
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        """Compute gradients of ``loss``, scaled once: by the loss scale, the accumulation and the world size.
+
+        In the last micro-batch of a window the gradients are summed over the ranks while autograd runs.
+
+        Args:
+            loss: one element, with a graph; the caller's loss of this micro-batch, its mean over samples.
+            retain_graph: as torch's.
+            scale_wrt_gas: False: the caller has divided by the accumulation steps already.
+
+        Returns:
+            The loss divided by the accumulation steps (not if ``scale_wrt_gas`` is False), without a graph.
+
+        Raises:
+            EngineError: not such a loss, or an engine without an optimizer.
+            CommError: another rank is gone.
+        """
+        parts = self.parts
+        partition = parts.partition
+        if partition is None:
+            raise self._cannot("backward")
+        _check_loss(loss)
+        window = parts.accumulation
+        divisor = window.steps if scale_wrt_gas else 1
+        factor = parts.precision.scaler.scale * partition.loss_factor / divisor
+        partition.begin_backward(reduce=window.at_boundary)
+        try:
+            # The factor enters as the gradient of the loss: the same numbers as loss * factor, without another node.
+            torch.autograd.backward(loss, None if factor == 1.0 else self._seed(loss, factor), retain_graph)
+        except BaseException:
+            partition.abort_backward()
+            raise
+        partition.end_backward()
+        window.backwards += 1
+        return loss.detach() if divisor == 1 else loss.detach() / divisor
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """End a micro-batch; at the end of a window update the weights and move the schedule.
+
+        Args:
+            lr_kwargs: passed to the schedule's ``step``.
+
+        Raises:
+            EngineError: no backward before it, or an engine without an optimizer.
+        """
+        parts = self.parts
+        if parts.partition is None or parts.optimizer is None:
+            raise self._cannot("step")
+        at_boundary = parts.accumulation.at_boundary
+        parts.accumulation.advance()
+        if not at_boundary:
+            self.outcome = Outcome.ACCUMULATED
+            return
+        scale = parts.precision.scaler.scale
+        norm = global_norm(parts.partition.reduce())
+        # The norm is that of all ranks, so all agree to skip.
+        skipped = parts.precision.overflowed(norm)
+        if not skipped:
+            parts.optimizer.step(parts.clip.factor(norm, scale))
+            parts.partition.publish()
+        parts.partition.clear_gradients()
+        if not skipped:
+            parts.schedule.step(**(lr_kwargs or {}))
+        parts.precision.after_step(skipped=skipped)
+        self._finish_step(norm / scale, skipped=skipped)
+
+    def _finish_step(self, norm: float, *, skipped: bool) -> None:
+        counters = self.counters
+        self._norm = norm
+        self.outcome = Outcome.SKIPPED if skipped else Outcome.UPDATED
+        counters.skipped_steps += skipped
+        counters.global_steps += 1
+        counters.global_samples += self.train_batch_size()
+        if self.parts.observers:
+            record = StepRecord(
+                counters.global_steps,
+                counters.global_samples,
+                counters.skipped_steps,
+                self.outcome,
+                norm,
+                self.get_lr(),
+                self.parts.precision.scaler.scale,
+            )
+            for observe in self.parts.observers:
+                observe(record)
+
+    def _seed(self, loss: Tensor, factor: float) -> Tensor:
+        """Return the gradient of ``loss`` that multiplies everything by ``factor``; the last few are kept."""
+        key = (factor, loss.shape, loss.dtype, loss.device)
+        seed = self._seeds.get(key)
+        if seed is None:
+            if len(self._seeds) >= 16:
+                self._seeds.clear()
+            seed = self._seeds[key] = torch.full_like(loss, factor, requires_grad=False)
+        return seed
+
+    def _cannot(self, call: str) -> EngineError:
+        if self._destroyed:
+            return EngineError("this engine was destroyed", where=f"engine.{call}", fix="make a new one")
+        return EngineError(
+            "this engine has no optimizer, so it only runs forward",
+            where=f"engine.{call}",
+            fix="pass optimizer= to initialize, or configure the section 'optimizer'",
+        )
+
+    def destroy(self) -> None:
+        """Take the hooks off the model and let buffers go; the model stays usable. Safe to repeat."""
+        if self._destroyed:
+            return
+        self._destroyed = True
+        if self.parts.partition is not None:
+            self.parts.partition.destroy()
+        for observe in self.parts.observers:
+            close = getattr(observe, "close", None)
+            if close is not None:
+                close()
+        self.training_dataloader = None
+        self._seeds.clear()
+        self.parts = self._parts_without_training()
+
+
+def _check_loss(loss: Any) -> None:
+    fix = "reduce it to its mean over samples: loss.mean()"
+    if not isinstance(loss, torch.Tensor):
+        raise EngineError(f"the loss is a {type(loss).__name__}, not a tensor", where="engine.backward", fix=fix)
+    if loss.numel() != 1:
+        raise EngineError(f"the loss has shape {list(loss.shape)}, not one element", where="engine.backward", fix=fix)
+    if not loss.requires_grad:
+        raise EngineError(
+            "the loss does not depend on anything that can be trained",
+            where="engine.backward",
+            fix="compute it from engine(...) outside torch.no_grad(), with at least one parameter that requires grad",
+        )

@@ -1,0 +1,366 @@
+"""DeepSpeed's accessor surface on the engine: names over the parts, no mechanism of its own (spec/core.md 3.2, 3.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from ds_core import comm
+from ds_core.engine import state
+from ds_core.engine.parts import Outcome, ScheduleStep
+from ds_core.errors import ConfigError, EngineError, NotBuiltError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from os import PathLike
+
+    import torch
+    from torch.optim import Optimizer
+
+    from ds_core.config import Config
+    from ds_core.data import DeepSpeedDataLoader
+    from ds_core.engine.engine import Counters
+    from ds_core.engine.parts import Parts
+    from ds_core.interfaces.scheduler import LRSchedule
+
+__all__ = ["EngineFace"]
+
+
+class EngineFace(nn.Module):
+    """Everything of ``DeepSpeedEngine`` that only reads or forwards."""
+
+    parts: Parts
+    counters: Counters
+    outcome: Outcome
+    device: torch.device
+    training_dataloader: DeepSpeedDataLoader | None
+    _config: Config
+    _norm: float | None
+
+    _LATER: ClassVar[dict[str, str]] = {
+        "no_sync": "gradients are reduced only at the end of a window already; leave no_sync() out",
+        "coalesce_grad_reduction": "call engine.backward several times before engine.step()",
+        "scale": "call engine.backward(loss)",
+        "save_16bit_model": "use save_checkpoint, or module_state_dict() with torch.save",
+        "offload_states": "it comes with ds-zero",
+        "reload_states": "it comes with ds-zero",
+    }
+
+    # -- the client's objects ---------------------------------------------------------------------------------------
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The torch optimizer; None for an engine that only runs forward."""
+        return None if self.parts.optimizer is None else self.parts.optimizer.optimizer
+
+    @property
+    def basic_optimizer(self) -> Optimizer | None:
+        return self.optimizer
+
+    @property
+    def lr_scheduler(self) -> LRSchedule | None:
+        """The schedule; set it to None to step one yourself."""
+        return self.parts.schedule.schedule
+
+    @lr_scheduler.setter
+    def lr_scheduler(self, schedule: LRSchedule | None) -> None:
+        self.parts.schedule.schedule = schedule
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration as it was given."""
+        return self._config.raw
+
+    # -- counters ---------------------------------------------------------------------------------------------------
+
+    @property
+    def global_steps(self) -> int:
+        """Optimizer steps taken, skipped ones included."""
+        return self.counters.global_steps
+
+    @property
+    def global_samples(self) -> int:
+        return self.counters.global_samples
+
+    @property
+    def skipped_steps(self) -> int:
+        return self.counters.skipped_steps
+
+    @property
+    def micro_steps(self) -> int:
+        return self.parts.accumulation.micro_steps
+
+    # -- ranks ------------------------------------------------------------------------------------------------------
+
+    @property
+    def global_rank(self) -> int:
+        return comm.get_rank()
+
+    @property
+    def local_rank(self) -> int:
+        return comm.get_local_rank()
+
+    @property
+    def world_size(self) -> int:
+        return comm.get_world_size()
+
+    @property
+    def data_parallel_group(self) -> Any:
+        return self.parts.group
+
+    @property
+    def dp_world_size(self) -> int:
+        return comm.get_world_size(self.parts.group)
+
+    # -- batch sizes and boundaries ---------------------------------------------------------------------------------
+
+    def train_batch_size(self) -> int:
+        return self.train_micro_batch_size_per_gpu() * self.gradient_accumulation_steps() * self.dp_world_size
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return self._config.train_micro_batch_size_per_gpu
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.parts.accumulation.steps
+
+    def get_batch_info(self) -> tuple[int, int, int]:
+        """Return (train batch size, micro-batch size, accumulation steps)."""
+        return self.train_batch_size(), self.train_micro_batch_size_per_gpu(), self.gradient_accumulation_steps()
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the accumulation steps so that a step takes ``train_batch_size`` samples.
+
+        Raises:
+            ConfigError: it is not a multiple of micro-batch size times ranks.
+            EngineError: inside an accumulation window.
+        """
+        per_micro_step = self.train_micro_batch_size_per_gpu() * self.dp_world_size
+        if train_batch_size <= 0 or train_batch_size % per_micro_step:
+            raise ConfigError(
+                f"train_batch_size {train_batch_size} is not a multiple of {self.train_micro_batch_size_per_gpu()} "
+                f"samples x {self.dp_world_size} ranks = {per_micro_step}",
+                where="set_train_batch_size",
+                fix=f"use a multiple of {per_micro_step}",
+            )
+        window = self.parts.accumulation
+        if window.micro_steps % window.steps:
+            raise EngineError(
+                "the batch size cannot change inside an accumulation window",
+                where=f"micro-batch {window.micro_steps}",
+                fix="call set_train_batch_size after a step at the boundary",
+            )
+        window.steps = train_batch_size // per_micro_step
+        # The count goes on from a multiple of the new window, so that the next micro-batch opens one.
+        window.micro_steps = self.global_steps * window.steps
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        return self.parts.accumulation.at_boundary
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
+        """Say whether the coming backward and step end a window; None: count micro-batches again."""
+        self.parts.accumulation.override = is_boundary
+
+    # -- results of the last step -----------------------------------------------------------------------------------
+
+    def get_global_grad_norm(self) -> float | None:
+        """Return the L2 norm of the last step's gradients before clipping, unscaled; None before the first step."""
+        return self._norm
+
+    def was_step_applied(self) -> bool:
+        """Return whether the last ``step()`` changed the weights."""
+        return self.outcome is Outcome.UPDATED
+
+    def get_lr(self) -> list[float]:
+        return [float(group.get("lr", 0.0)) for group in self._groups()]
+
+    def get_mom(self) -> list[Any]:
+        """Return each group's momentum where it has one, else its betas."""
+        return [group.get("momentum", group.get("betas")) for group in self._groups()]
+
+    def _groups(self) -> Sequence[Mapping[str, Any]]:
+        return [] if self.optimizer is None else self.optimizer.param_groups
+
+    @property
+    def cur_scale(self) -> float:
+        """The loss scale of the coming backward."""
+        return self.parts.precision.scaler.scale
+
+    # -- configuration ----------------------------------------------------------------------------------------------
+
+    def gradient_clipping(self) -> float:
+        return self._config.gradient_clipping
+
+    def steps_per_print(self) -> int | None:
+        return self._config.steps_per_print
+
+    def fp16_enabled(self) -> bool:
+        return self._config.fp16.enabled
+
+    def bfloat16_enabled(self) -> bool:
+        return self._config.bf16.enabled
+
+    def zero_optimization_stage(self) -> int:
+        return self._config.zero_optimization.stage
+
+    def zero_optimization(self) -> bool:
+        return self.zero_optimization_stage() > 0
+
+    def zero_optimization_partition_gradients(self) -> bool:
+        return self.zero_optimization_stage() >= 2
+
+    def zero_optimization_partition_weights(self) -> bool:
+        return self.zero_optimization_stage() >= 3
+
+    def optimizer_name(self) -> str | None:
+        """Return the configured name, else the class name of the client's optimizer."""
+        if self._config.optimizer is not None:
+            return self._config.optimizer.type
+        return None if self.optimizer is None else type(self.optimizer).__name__
+
+    def report(self) -> dict[str, str]:
+        """Return what is at work here and what is not: part -> effect, in words (P03b)."""
+        parts = self.parts
+        found = {
+            "precision": type(parts.precision).__name__,
+            "partition": "none" if parts.partition is None else type(parts.partition).__name__,
+            "optimizer": "none" if self.optimizer is None else type(self.optimizer).__name__,
+            "checkpoint": type(parts.checkpoint).__name__,
+            "clipping": f"norm above {parts.clip.max_norm}" if parts.clip.max_norm > 0 else "off",
+        }
+        if parts.optimizer is not None:
+            found["gradient factor"] = {
+                "grad_scale": "applied by the fused update, in its own pass",
+                "step_scaled": "applied by the optimizer, in its own pass",
+                "multiply": "one multiplication before the update, skipped at 1",
+            }[parts.optimizer.way]
+        if parts.partition is not None:
+            found.update(parts.partition.report())
+        return found
+
+    # -- the module -------------------------------------------------------------------------------------------------
+
+    def module_state_dict(
+        self,
+        destination: Any = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+        exclude_frozen_parameters: bool = False,
+    ) -> dict[str, Any]:
+        """Return the state dict of the module, without the engine's ``module.`` prefix."""
+        found: dict[str, Any] = self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        if exclude_frozen_parameters:
+            frozen = {prefix + name for name, param in self.module.named_parameters() if not param.requires_grad}
+            found = {name: value for name, value in found.items() if name not in frozen}
+        return found
+
+    def load_module_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load ``checkpoint["module"]`` into the module."""
+        self.module.load_state_dict(checkpoint["module"], strict=strict)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of the window so far; the window itself goes on."""
+        if self.parts.partition is None:
+            self.module.zero_grad(set_to_none=set_to_none)
+        else:
+            self.parts.partition.clear_gradients()
+
+    def compile(self, backend: str = "inductor", compile_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Compile the module in place with ``torch.compile``; nothing happens when it is compiled already."""
+        if not self.is_compiled:
+            self.module.compile(backend=backend, **(compile_kwargs or {}))
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.module._compiled_call_impl is not None
+
+    def train(self, mode: bool = True) -> EngineFace:
+        """Set training mode; returns the engine, as ``nn.Module`` does."""
+        super().train(mode)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in EngineFace._LATER:
+                raise NotBuiltError(f"engine.{name} is not built yet", fix=EngineFace._LATER[name]) from None
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is None or name.startswith("__"):
+                raise
+            return getattr(module, name)
+
+    # -- data and checkpoints ---------------------------------------------------------------------------------------
+
+    def deepspeed_io(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = True,
+        data_sampler: Any = None,
+        collate_fn: Callable[[Any], Any] | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> DeepSpeedDataLoader:
+        """Return a loader of this rank's micro-batches of ``dataset``, a :class:`ds_core.data.DeepSpeedDataLoader`."""
+        from ds_core.data import DeepSpeedDataLoader
+
+        return DeepSpeedDataLoader(
+            dataset,
+            batch_size=batch_size or self.train_micro_batch_size_per_gpu(),
+            pin_memory=pin_memory and self.device.type == "cuda",
+            data_sampler=data_sampler,
+            collate_fn=collate_fn,
+            num_local_io_workers=num_local_io_workers,
+            data_parallel_world_size=self.dp_world_size,
+            data_parallel_rank=comm.get_rank(self.parts.group),
+            dataloader_drop_last=self._config.dataloader_drop_last,
+            shuffle=route == "train",
+        )
+
+    def save_checkpoint(
+        self,
+        save_dir: str | PathLike[str],
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Save everything training needs to go on; see :func:`ds_core.engine.state.save`. Every rank calls it."""
+        state.save(self, save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | PathLike[str],
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., None] | None = None,
+    ) -> tuple[str, dict[str, Any]]:
+        """Load what :meth:`save_checkpoint` saved, at any world size; see :func:`ds_core.engine.state.load`.
+
+        Returns:
+            (path of the checkpoint, the client state given to ``save_checkpoint``).
+        """
+        options = state.LoadOptions(
+            strict=load_module_strict,
+            optimizer=load_optimizer_states and not load_module_only,
+            schedule=load_lr_scheduler_states and not load_module_only,
+            module_only=load_module_only,
+            custom=custom_load_fn,
+        )
+        return state.load(self, load_dir, tag, options)
+
+    @abstractmethod
+    def destroy(self) -> None: ...
+
+    def _parts_without_training(self) -> Parts:
+        """Return parts that still run forward, and name the engine as destroyed for the rest."""
+        return dataclasses.replace(
+            self.parts, partition=None, optimizer=None, schedule=ScheduleStep(None), observers=[]
+        )

@@ -1,0 +1,307 @@
+"""Saving and loading an engine: its parts as logical tensors and JSON, stored by whatever checkpoint engine is set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ds_core import comm
+from ds_core.checkpoint.folder import check_tag, read_latest
+from ds_core.checkpoint.jsonable import decode, encode
+from ds_core.comm import raise_together, same_on_all_ranks
+from ds_core.engine.rng import capture_rng, restore_rng
+from ds_core.errors import CheckpointError, DsError
+from ds_core.interfaces.logical import BUFFER, GRADIENT, WEIGHT, Chunk, Piece, Snapshot
+from ds_core.log import log_dist, logger
+from ds_core.optim.slots import check_groups, group_state, restore_optimizer, slot_pieces, slot_values
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from os import PathLike
+
+    from ds_core.engine.engine import DeepSpeedEngine
+    from ds_core.engine.face import EngineFace
+    from ds_core.interfaces.checkpoint import CheckpointReader
+
+__all__ = ["LoadOptions", "load", "save"]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What ``load_checkpoint`` was asked to load."""
+
+    strict: bool = True
+    optimizer: bool = True
+    schedule: bool = True
+    module_only: bool = False
+    custom: Callable[..., None] | None = None
+
+
+def save(
+    engine: EngineFace,
+    save_dir: str | PathLike[str],
+    tag: str | None,
+    client_state: Mapping[str, Any],
+    latest: bool,
+    exclude_frozen: bool,
+) -> None:
+    """Save weights, buffers, optimizer, schedule, scaler, counters, data position, random generators, client state.
+
+    Collective. Inside an accumulation window the gradients so far are saved too; such a checkpoint goes on only in a
+    job of the same world size.
+
+    Args:
+        save_dir: made if missing.
+        tag: name of the folder in it; None: ``global_step<n>``.
+        client_state: the caller's own, in what JSON can hold; see :func:`ds_core.checkpoint.jsonable.encode`.
+        latest: write ``save_dir/latest``.
+        exclude_frozen: leave out the weights that are not trained.
+
+    Raises:
+        CheckpointError: on every rank, with the reason of the one that failed.
+    """
+    engine = _engine_with_parts(engine, "save_checkpoint")
+    directory, tag = _agree_on_place(engine, save_dir, tag)
+    failure: DsError | None = None
+    snapshot = None
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        snapshot = _capture(engine, client_state, exclude_frozen)
+    except DsError as error:
+        failure = error
+    except OSError as error:
+        failure = CheckpointError(
+            f"the folder cannot be made: {error.strerror}", where=str(directory), fix="choose another folder"
+        )
+    raise_together(failure, engine.parts.group)
+    assert snapshot is not None
+    engine.parts.checkpoint.save(directory, tag, snapshot, latest=latest)
+    log_dist(f"saved checkpoint {tag!r} in {directory}")
+
+
+def _engine_with_parts(engine: EngineFace, call: str) -> DeepSpeedEngine:
+    from ds_core.engine.engine import DeepSpeedEngine
+
+    assert isinstance(engine, DeepSpeedEngine)
+    if engine.parts.partition is None:
+        raise engine._cannot(call)
+    return engine
+
+
+def _agree_on_place(engine: DeepSpeedEngine, save_dir: str | PathLike[str], tag: str | None) -> tuple[Path, str]:
+    """Return directory and tag, the same on every rank; ``checkpoint.tag_validation`` says what if tags differ."""
+    failure: DsError | None = None
+    chosen = ""
+    try:
+        if not save_dir:
+            raise CheckpointError("no folder was given", where="save_checkpoint(save_dir)", fix="pass a path")
+        chosen = check_tag(f"global_step{engine.global_steps}" if tag is None else tag)
+    except CheckpointError as error:
+        failure = error
+    raise_together(failure, engine.parts.group)
+    differing = same_on_all_ranks(str(save_dir), engine.parts.group)
+    if differing:
+        raise CheckpointError(
+            f"ranks save to different folders: rank {min(differing)} to {differing[min(differing)]!r}",
+            where="save_checkpoint(save_dir)",
+            fix="pass the same folder on every rank; it is the rank's file in it that differs",
+        )
+    differing = same_on_all_ranks(chosen, engine.parts.group)
+    if differing:
+        what = f"ranks save under different tags: rank {min(differing)} under {differing[min(differing)]!r}"
+        validation = engine._config.checkpoint.tag_validation.lower()
+        if validation == "fail":
+            raise CheckpointError(what, where="checkpoint.tag_validation", fix="pass the same tag on every rank")
+        told = [chosen]
+        torch.distributed.broadcast_object_list(told, group=engine.parts.group, group_src=0)
+        chosen = told[0]
+        if validation == "warn":
+            logger.warning("%s; all use rank 0's tag %r", what, chosen)
+    return Path(save_dir), chosen
+
+
+def _capture(engine: DeepSpeedEngine, client_state: Mapping[str, Any], exclude_frozen: bool) -> Snapshot:
+    parts = engine.parts
+    assert parts.partition is not None
+    frozen = {name for name, param in engine.module.named_parameters() if not param.requires_grad}
+    pieces = [
+        piece
+        for piece in parts.partition.pieces()
+        if not (exclude_frozen and piece.of.kind == WEIGHT and piece.of.name in frozen)
+    ]
+    counters = engine.counters
+    state: dict[str, Any] = {
+        "global_steps": counters.global_steps,
+        "global_samples": counters.global_samples,
+        "skipped_steps": counters.skipped_steps,
+        "micro_steps": parts.accumulation.micro_steps,
+        "stage": engine.zero_optimization_stage(),
+        "precision": type(parts.precision).__name__,
+        "scaler": encode(parts.precision.scaler.state_dict(), "loss scaler"),
+        "extra_state": encode(_extra_state(engine.module), "extra state of the model"),
+        "excluded": sorted(frozen) if exclude_frozen else [],
+        "client_state": encode(dict(client_state), "client_state"),
+    }
+    if engine.optimizer is not None:
+        of_optimizer = parts.partition.optimizer_pieces()
+        pieces += slot_pieces(engine.optimizer, of_optimizer)
+        pieces += parts.partition.gradient_pieces()
+        state["optimizer"] = {
+            "groups": group_state(engine.optimizer, of_optimizer),
+            "values": slot_values(engine.optimizer, of_optimizer),
+        }
+    if engine.lr_scheduler is not None:
+        state["schedule"] = encode(engine.lr_scheduler.state_dict(), "learning-rate schedule")
+    if engine.training_dataloader is not None:
+        state["data"] = encode(engine.training_dataloader.state_dict(), "training data")
+    return Snapshot(pieces, state, {"rng": encode(capture_rng(engine.device), "random generators")})
+
+
+def _extra_state(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: submodule.get_extra_state()
+        for name, submodule in module.named_modules()
+        if type(submodule).get_extra_state is not nn.Module.get_extra_state
+    }
+
+
+def load(
+    engine: EngineFace, load_dir: str | PathLike[str], tag: str | None, options: LoadOptions
+) -> tuple[str, dict[str, Any]]:
+    """Load a checkpoint into ``engine``; the world size it was written at does not matter. Collective.
+
+    Returns:
+        (path of the checkpoint, client state).
+
+    Raises:
+        CheckpointError: on every rank: no such checkpoint, half of one, or one of another model. Tensors loaded until
+            then stay loaded.
+    """
+    engine = _engine_with_parts(engine, "load_checkpoint")
+    directory = Path(load_dir)
+    failure: DsError | None = None
+    path, client_state = "", {}
+    try:
+        chosen = read_latest(directory) if tag is None else check_tag(tag)
+        path = str(directory / chosen)
+        with engine.parts.checkpoint.open(directory, chosen) as reader:
+            _restore(engine, reader, options)
+            client_state = decode(reader.state["client_state"])
+    except DsError as error:
+        failure = error
+    raise_together(failure, engine.parts.group)
+    engine.parts.partition.after_load()  # type: ignore[union-attr]
+    log_dist(f"loaded checkpoint {path}")
+    return path, client_state
+
+
+def _restore(engine: DeepSpeedEngine, reader: CheckpointReader, options: LoadOptions) -> None:
+    parts, state = engine.parts, reader.state
+    assert parts.partition is not None
+    # Everything that can be refused is, before the first tensor changes.
+    _check_window(engine, reader, options)
+    of_optimizer = parts.partition.optimizer_pieces()
+    optimizer = engine.optimizer if options.optimizer and "optimizer" in state else None
+    if optimizer is not None:
+        check_groups(optimizer, of_optimizer, state["optimizer"]["groups"])
+    _restore_weights(engine, reader, options)
+    if options.module_only:
+        return
+    parts.partition.clear_gradients()
+    if optimizer is not None:
+        saved = state["optimizer"]
+        restore_optimizer(optimizer, of_optimizer, reader, saved["groups"], saved["values"])
+    if options.optimizer:
+        _restore_gradients(engine, reader)
+    if options.schedule and engine.lr_scheduler is not None and "schedule" in state:
+        engine.lr_scheduler.load_state_dict(decode(state["schedule"]))
+    if engine.training_dataloader is not None and "data" in state:
+        engine.training_dataloader.load_state_dict(decode(state["data"]))
+    parts.precision.scaler.load_state_dict(decode(state["scaler"]))
+    counters = engine.counters
+    counters.global_steps = state["global_steps"]
+    counters.global_samples = state["global_samples"]
+    counters.skipped_steps = state["skipped_steps"]
+    window = parts.accumulation
+    window.backwards = 0
+    # At a boundary only the count of steps carries over: the window may have another length here.
+    in_window = options.optimizer and _saved_window(reader)
+    window.micro_steps = state["micro_steps"] if in_window else state["global_steps"] * window.steps
+    rank = comm.get_rank(parts.group)
+    if rank < reader.world_size:
+        restore_rng(decode(reader.rank_state(rank)["rng"]), engine.device)
+
+
+def _saved_window(reader: CheckpointReader) -> bool:
+    """Return whether the checkpoint was saved inside an accumulation window."""
+    return any(of.kind == GRADIENT for of in reader.tensors())
+
+
+def _check_window(engine: DeepSpeedEngine, reader: CheckpointReader, options: LoadOptions) -> None:
+    if options.module_only or not options.optimizer or not _saved_window(reader):
+        return
+    here = (engine.dp_world_size, engine.zero_optimization_stage())
+    there = (reader.world_size, reader.state["stage"])
+    if here != there:
+        raise CheckpointError(
+            f"checkpoint was saved inside an accumulation window by {there[0]} ranks at stage {there[1]}, "
+            f"this job has {here[0]} ranks at stage {here[1]}",
+            where="load_checkpoint",
+            fix=f"load it with {there[0]} ranks at stage {there[1]}, or save at a step boundary",
+        )
+
+
+def _restore_weights(engine: DeepSpeedEngine, reader: CheckpointReader, options: LoadOptions) -> None:
+    assert engine.parts.partition is not None
+    stored = {(of.name, of.kind): of for of in reader.tensors()}
+    wanted = list(engine.parts.partition.pieces())
+    excluded = set(reader.state["excluded"])
+    missing = [
+        piece for piece in wanted if (piece.of.name, piece.of.kind) not in stored and piece.of.name not in excluded
+    ]
+    mine = {(piece.of.name, piece.of.kind) for piece in wanted}
+    extra = sorted(name for (name, kind) in stored if kind in (WEIGHT, BUFFER) and (name, kind) not in mine)
+    if options.custom is not None:
+        options.custom(src=_full_state_dict(reader), dst=engine.module)
+        return
+    if options.strict and (missing or extra):
+        gone = [piece.of.name for piece in missing]
+        raise CheckpointError(
+            f"model and checkpoint differ: only in the model {gone[:5]}, only in the checkpoint {extra[:5]}",
+            where="load_checkpoint",
+            fix="load it into the model that wrote it, or pass load_module_strict=False",
+        )
+    reader.read([piece for piece in wanted if (piece.of.name, piece.of.kind) in stored])
+    extra_state = decode(reader.state["extra_state"])
+    for name, submodule in engine.module.named_modules():
+        if name in extra_state:
+            submodule.set_extra_state(extra_state[name])
+
+
+def _full_state_dict(reader: CheckpointReader) -> dict[str, torch.Tensor]:
+    found = {
+        of.name: Piece(of, Chunk.whole(of.shape), torch.empty(of.shape, dtype=getattr(torch, of.dtype)))
+        for of in reader.tensors()
+        if of.kind in (WEIGHT, BUFFER)
+    }
+    reader.read(list(found.values()))
+    return {name: piece.data for name, piece in found.items()}
+
+
+def _restore_gradients(engine: DeepSpeedEngine, reader: CheckpointReader) -> None:
+    assert engine.parts.partition is not None
+    rank = comm.get_rank(engine.parts.group)
+    pieces = [
+        Piece(
+            of, Chunk.whole(of.shape), torch.empty(of.shape, dtype=getattr(torch, of.dtype), device=engine.device), rank
+        )
+        for of in reader.tensors()
+        if of.kind == GRADIENT and of.rank == rank
+    ]
+    reader.read(pieces)
+    if pieces:
+        engine.parts.partition.restore_gradients(pieces)

@@ -1,0 +1,105 @@
+"""``optimizer.type`` and ``optimizer.params`` -> an optimizer: a plugin's by name, else torch's own."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ds_core import registry
+from ds_core._packages import PACKAGE_OF_PLUGIN
+from ds_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ds_core.interfaces.optimizer import OptimizerFactory
+
+__all__ = ["build_optimizer", "check_steps_without_closure", "find_optimizer"]
+
+
+def find_optimizer(type_name: str) -> OptimizerFactory:
+    """Return what builds ``optimizer.type``: a plugin of that name in lower case, else ``torch.optim``'s, in any case.
+
+    Raises:
+        MissingPackageError: a known package brings it.
+        PluginError: nobody does; names the nearest.
+    """
+    name = type_name.lower()
+    of_torch = _torch_optimizers()
+    if name in of_torch and name not in registry.names("optimizer") and ("optimizer", name) not in PACKAGE_OF_PLUGIN:
+        factory: OptimizerFactory = of_torch[name]
+        return factory
+    found: OptimizerFactory = registry.find(
+        "optimizer", name, needed_by=f"optimizer.type {type_name}", others=tuple(of_torch)
+    ).load()
+    return found
+
+
+def _torch_optimizers() -> dict[str, Any]:
+    """Return torch's own optimizers by their name in lower case."""
+    return {
+        name.lower(): value
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    }
+
+
+def build_optimizer(
+    type_name: str, params: Mapping[str, Any], param_groups: list[dict[str, Any]]
+) -> torch.optim.Optimizer:
+    """Build the optimizer of the configuration over ``param_groups``.
+
+    torch's one-kernel (``fused``) update is used where the class has one and ``params`` does not choose.
+
+    Raises:
+        ConfigError: a parameter the optimizer does not know or cannot use.
+        PluginError: see :func:`find_optimizer`.
+    """
+    factory = find_optimizer(type_name)
+    where = "optimizer.params"
+    if "max_grad_norm" in params:
+        raise ConfigError(
+            "max_grad_norm is not a parameter of the optimizer",
+            where=f"{where}.max_grad_norm",
+            fix=f'write "gradient_clipping": {params["max_grad_norm"]} at the top level',
+        )
+    options = dict(params)
+    known = inspect.signature(factory).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+    unknown = [] if takes_any else [key for key in options if key not in known]
+    if unknown:
+        allowed = [name for name in list(known)[1:] if not name.startswith("_")]
+        raise ConfigError(
+            f"optimizer {type_name!r} has no parameter {', '.join(map(repr, unknown))}",
+            where=f"{where}.{unknown[0]}",
+            fix=f"one of {', '.join(allowed)}",
+        )
+    if "fused" in known and not {"fused", "foreach", "differentiable"} & set(options):
+        options["fused"] = True
+    try:
+        optimizer = factory(param_groups, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"optimizer {type_name!r} refuses its parameters: {error}",
+            where=where,
+            fix="see the optimizer's own documentation",
+        ) from error
+    check_steps_without_closure(optimizer)
+    return optimizer
+
+
+def check_steps_without_closure(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose ``step`` cannot run without a closure (P21): the engine owns forward and backward.
+
+    Raises:
+        ConfigError: naming the class.
+    """
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"{type(optimizer).__name__} needs a closure that recomputes the loss, which an engine cannot give it",
+            where="optimizer",
+            fix="use an optimizer whose step() takes no closure, such as AdamW",
+        )

@@ -1,0 +1,156 @@
+"""Optimizer state as logical tensors: what the optimizer keeps for a tensor has that tensor's name and chunk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ds_core.checkpoint.jsonable import decode, encode
+from ds_core.errors import CheckpointError
+from ds_core.interfaces.logical import BUFFER, GRADIENT, MASTER, WEIGHT, Chunk, LogicalTensor, Piece
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ds_core.interfaces.checkpoint import CheckpointReader
+
+__all__ = ["check_groups", "group_state", "restore_optimizer", "slot_pieces", "slot_values"]
+
+_RESERVED = frozenset({BUFFER, GRADIENT, MASTER, WEIGHT})
+_OF_THIS_MACHINE = frozenset({"params", "fused", "foreach", "capturable", "differentiable"})
+"""Options that say how an update is computed, not which: this job's own are kept."""
+
+
+def slot_pieces(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> list[Piece]:
+    """Return the tensors in the optimizer's state, each as a chunk of a logical tensor of kind <slot name>.
+
+    A slot of its parameter's shape has the parameter's chunk; one of another shape (a step count, a row factor)
+    belongs to the parameter as a whole.
+    """
+    found = []
+    for piece in pieces:
+        for slot, value in optimizer.state.get(piece.data, {}).items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            if slot in _RESERVED:
+                raise CheckpointError(
+                    f"{type(optimizer).__name__} calls a state {slot!r}, which is a name of checkpoints",
+                    where=f"parameter {piece.of.name!r}",
+                    fix=f"use another name than {', '.join(sorted(_RESERVED))}",
+                )
+            like_param = value.shape == piece.data.shape
+            shape = piece.of.shape if like_param else tuple(value.shape)
+            of = LogicalTensor(piece.of.name, slot, shape, str(value.dtype).removeprefix("torch."))
+            found.append(Piece(of, piece.chunk if like_param else Chunk.whole(shape), value, piece.writer))
+    return found
+
+
+def slot_values(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """Return what the state has beside tensors, as JSON: parameter name -> slot -> value."""
+    found: dict[str, Any] = {}
+    for piece in pieces:
+        for slot, value in optimizer.state.get(piece.data, {}).items():
+            if not isinstance(value, torch.Tensor):
+                where = f"optimizer state {slot!r} of {piece.of.name!r}"
+                found.setdefault(piece.of.name, {})[slot] = encode(value, where)
+    return found
+
+
+def group_state(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+    """Return each group's options and the names of its parameters, as JSON."""
+    names = _names_by_group(optimizer, pieces)
+    return [
+        {
+            "names": names[index],
+            "options": {
+                key: encode(value, f"optimizer group {index}, option {key!r}")
+                for key, value in group.items()
+                if key not in _OF_THIS_MACHINE
+            },
+        }
+        for index, group in enumerate(optimizer.param_groups)
+    ]
+
+
+def _names_by_group(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> list[list[str]]:
+    name_of = {piece.data: piece.of.name for piece in pieces}
+    return [[name_of[param] for param in group["params"]] for group in optimizer.param_groups]
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    pieces: Sequence[Piece],
+    reader: CheckpointReader,
+    groups: Sequence[Mapping[str, Any]],
+    values: Mapping[str, Any],
+) -> None:
+    """Give ``optimizer`` the state stored for the chunks it has here.
+
+    Args:
+        pieces: identity of its tensors, see ``Partition.optimizer_pieces``.
+        reader: the checkpoint.
+        groups: what :func:`group_state` returned.
+        values: what :func:`slot_values` returned.
+
+    Raises:
+        CheckpointError: a slot cannot be read. The optimizer is as before.
+    """
+    current = _names_by_group(optimizer, pieces)
+    slots: dict[str, list[LogicalTensor]] = {}
+    for of in reader.tensors():
+        if of.kind not in _RESERVED:
+            slots.setdefault(of.name, []).append(of)
+    wanted: list[Piece] = []
+    by_name: dict[str, dict[str, Any]] = {}
+    for piece in pieces:
+        state = by_name.setdefault(piece.of.name, {})
+        for of in slots.get(piece.of.name, ()):
+            state[of.kind] = _empty_like_slot(of, piece)
+            chunk = piece.chunk if of.shape == piece.of.shape else Chunk.whole(of.shape)
+            wanted.append(Piece(of, chunk, state[of.kind]))
+        state.update({slot: decode(value) for slot, value in values.get(piece.of.name, {}).items()})
+    reader.read(wanted)
+    packed, at = [], 0
+    for group, saved, names in zip(optimizer.param_groups, groups, current, strict=True):
+        kept = {key: value for key, value in group.items() if key in _OF_THIS_MACHINE and key != "params"}
+        options = {key: decode(value) for key, value in saved["options"].items()}
+        packed.append({**options, **kept, "params": list(range(at, at + len(names)))})
+        at += len(names)
+    flat = [name for names in current for name in names]
+    optimizer.load_state_dict(
+        {"state": {index: by_name[name] for index, name in enumerate(flat) if by_name[name]}, "param_groups": packed}
+    )
+
+
+def _empty_like_slot(of: LogicalTensor, piece: Piece) -> torch.Tensor:
+    dtype = getattr(torch, of.dtype)
+    if of.shape == piece.of.shape:
+        return torch.empty_like(piece.data, dtype=dtype, requires_grad=False)
+    # Step counts stay on the CPU here; the optimizer moves them where its implementation wants them.
+    return torch.empty(of.shape, dtype=dtype, device="cpu" if not of.shape else piece.data.device)
+
+
+def check_groups(
+    optimizer: torch.optim.Optimizer, pieces: Sequence[Piece], groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuse a checkpoint whose parameter groups (of :func:`group_state`) hold other parameters than these.
+
+    Raises:
+        CheckpointError: naming the group and the parameters.
+    """
+    saved = [set(group["names"]) for group in groups]
+    current = [set(names) for names in _names_by_group(optimizer, pieces)]
+    if saved == current:
+        return
+    if len(saved) != len(current):
+        what = f"the checkpoint has {len(saved)} parameter groups, this optimizer {len(current)}"
+    else:
+        index = next(i for i, (a, b) in enumerate(zip(saved, current, strict=True)) if a != b)
+        gone, new = sorted(saved[index] - current[index]), sorted(current[index] - saved[index])
+        what = f"group {index} of the optimizer differs: only in the checkpoint {gone[:3]}, only here {new[:3]}"
+    raise CheckpointError(
+        what,
+        where="optimizer state",
+        fix="build the same groups, or pass load_optimizer_states=False to start the optimizer anew",
+    )

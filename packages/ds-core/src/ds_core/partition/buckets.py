@@ -1,0 +1,240 @@
+"""Flat gradient buckets that start their collective as soon as autograd has filled them.
+
+Each trainable parameter has a slot in one bucket; after its first gradient of an accumulation window ``param.grad`` is
+a view of that slot, and further micro-batches add in place. In a backward that reduces, a full bucket's collective is
+started from the hook of its last parameter, while autograd goes on with the rest. What the collective is, the owner of
+the buckets decides.
+
+Note: bucket order. Collectives must start in the same order on every rank, or ranks would sum unrelated buckets. So a
+bucket starts only after all before it; what is left when autograd returns (unused parameters) starts in order then.
+
+Note: unused parameters. Behind the gradients a bucket has one flag per parameter: 1 where this rank has a gradient,
+0 where it has none and its slot is zero. The flags are summed by the same collective. A rank that used all of a
+bucket's parameters never looks; one that did not learns from the flag whether another rank did. A parameter that no
+rank used keeps ``grad`` None, so that the optimizer leaves it alone as plain PyTorch would.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ds_core.errors import CommError, EngineError
+from ds_core.partition.arithmetic import plan_buckets
+from ds_core.partition.window import GradientWindow
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor, nn
+    from torch.distributed import Work
+
+    StartCollective = Callable[["Bucket"], Work]
+
+__all__ = ["Bucket", "Bucketer"]
+
+
+class Bucket:
+    """Consecutive parameters of one dtype and device, their gradients in one flat tensor."""
+
+    def __init__(self, index: int, params: Sequence[nn.Parameter]) -> None:
+        self.index = index
+        self.params = tuple(params)
+        self.numel = sum(param.numel() for param in params)
+        self.arrived = bytearray(len(self.params))
+        """1 for each parameter whose gradient this backward has delivered."""
+        self.waiting_for = 0
+        """How many have not."""
+        self.work: Work | None = None
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Make fresh storage; what was there is left to whoever still uses it."""
+        like = self.params[0]
+        self.storage = torch.zeros(self.numel + len(self.params), dtype=like.dtype, device=like.device)
+        """``[numel + len(params)]``: gradients, then flags. What the collective moves."""
+        self.gradients = self.storage[: self.numel]
+        self.flags = self.storage[self.numel :]
+        slots = self.gradients.split([param.numel() for param in self.params])
+        self.slots = tuple(slot.view(param.shape) for slot, param in zip(slots, self.params, strict=True))
+
+    def unfilled(self) -> list[int]:
+        """Return the places of the parameters without a gradient in this window, on this rank."""
+        return [
+            i for i, (param, slot) in enumerate(zip(self.params, self.slots, strict=True)) if param.grad is not slot
+        ]
+
+
+class Bucketer(GradientWindow):
+    """The buckets of one engine, and the hooks that fill them."""
+
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        names: Mapping[nn.Parameter, str],
+        *,
+        bucket_bytes: int,
+        world_size: int,
+        start: StartCollective,
+    ) -> None:
+        """Allocate the buckets and hook the parameters.
+
+        Args:
+            params: trainable parameters, in the order of the model; gradients are expected in reverse.
+            names: for errors.
+            bucket_bytes: close a bucket at this size; the first one is closed at a 25th, to start early.
+            world_size: ranks whose gradients a collective sums.
+            start: starts the collective that sums ``bucket.storage`` over the ranks, and returns its handle.
+        """
+        super().__init__()
+        ordered = list(reversed(params))
+        plan = plan_buckets(
+            [param.nbytes for param in ordered],
+            [(param.dtype, param.device) for param in ordered],
+            bucket_bytes,
+            max(1, bucket_bytes // 25),
+        )
+        self.buckets = [Bucket(index, [ordered[i] for i in items]) for index, items in enumerate(plan)]
+        self._names = names
+        self._world_size = world_size
+        self._start = start
+        self._reducing = False
+        self._started = 0
+        """Buckets whose collective was started since the gradients were last only this rank's own."""
+        self._handles = [
+            param.register_post_accumulate_grad_hook(self._hook(bucket, place))
+            for bucket in self.buckets
+            for place, param in enumerate(bucket.params)
+        ]
+
+    def _hook(self, bucket: Bucket, place: int) -> Callable[[Tensor], None]:
+        def gradient_is_ready(param: Tensor) -> None:
+            if not self._in_backward:
+                self.check_in_backward()
+            if bucket.work is not None:
+                # Its slot is in a collective's hands by now; adding to it would corrupt the sum without a word.
+                raise EngineError(
+                    "a parameter received a second gradient in one backward, after its bucket was sent",
+                    where=f"parameter {self._names[bucket.params[place]]!r}",
+                    fix="reentrant activation checkpointing does this to shared parameters: use use_reentrant=False",
+                )
+            slot = bucket.slots[place]
+            if param.grad is not slot:
+                # The first gradient of the window. Copying it here and letting it go costs less than having autograd
+                # add it to a slot that was zeroed before.
+                assert param.grad is not None
+                slot.copy_(param.grad)
+                param.grad = slot
+            if bucket.arrived[place]:
+                return
+            bucket.arrived[place] = 1
+            bucket.waiting_for -= 1
+            if bucket.waiting_for == 0 and self._reducing:
+                self._start_full_buckets()
+
+        return gradient_is_ready
+
+    def begin(self, *, reduce: bool) -> None:
+        super().begin(reduce=reduce)
+        if self._started:
+            self._reopen()
+        for bucket in self.buckets:
+            bucket.arrived = bytearray(len(bucket.params))
+            bucket.waiting_for = len(bucket.params)
+        self._reducing = reduce
+
+    def _reopen(self) -> None:
+        # The window was reduced already and another backward adds to it. Every rank now has the same sum; a share of
+        # 1 / world_size each makes the coming collective count it once.
+        self.wait()
+        for bucket in self.buckets:
+            bucket.gradients.mul_(1.0 / self._world_size)
+        self._started = 0
+
+    def end(self) -> None:
+        super().end()
+        if self._reducing:
+            # What is left are buckets with parameters this backward did not use.
+            self._start_rest()
+
+    def _start_full_buckets(self) -> None:
+        while self._started < len(self.buckets) and self.buckets[self._started].waiting_for == 0:
+            self._start_next()
+
+    def _start_rest(self) -> None:
+        while self._started < len(self.buckets):
+            self._start_next()
+
+    def _start_next(self) -> None:
+        bucket = self.buckets[self._started]
+        bucket.flags.fill_(1)
+        for place in bucket.unfilled():
+            bucket.slots[place].zero_()
+            bucket.flags[place].zero_()
+        try:
+            bucket.work = self._start(bucket)
+        except RuntimeError as error:
+            raise self._lost(bucket, error) from error
+        self._started += 1
+
+    def wait(self) -> None:
+        self._start_rest()
+        for bucket in self.buckets:
+            if bucket.work is None:
+                continue
+            try:
+                bucket.work.wait()
+            except RuntimeError as error:
+                raise self._lost(bucket, error) from error
+            bucket.work = None
+            self._deliver(bucket)
+
+    def _deliver(self, bucket: Bucket) -> None:
+        missing = bucket.unfilled()
+        if not missing:
+            return
+        used = bucket.flags.tolist()
+        for place in missing:
+            bucket.params[place].grad = bucket.slots[place] if used[place] else None
+
+    def _lost(self, bucket: Bucket, error: RuntimeError) -> CommError:
+        self._aborted = True
+        first, last = self._names[bucket.params[0]], self._names[bucket.params[-1]]
+        return CommError(
+            f"the gradients could not be summed over the ranks: {str(error).splitlines()[0]}",
+            where=f"bucket {bucket.index} of {len(self.buckets)}, parameters {first!r} to {last!r}",
+            fix="another rank has ended or does something else; its own error, printed by the launcher, says why",
+        )
+
+    def clear(self) -> None:
+        if self._aborted:
+            # A collective that never ends may still write to the old storage.
+            for bucket in self.buckets:
+                bucket.work = None
+                bucket.allocate()
+        elif self._started:
+            self.wait()
+        self._aborted = False
+        self._started = 0
+        for bucket in self.buckets:
+            for param in bucket.params:
+                param.grad = None
+
+    def restore(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        self.clear()
+        for bucket in self.buckets:
+            for param, slot in zip(bucket.params, bucket.slots, strict=True):
+                if param in gradients:
+                    slot.copy_(gradients[param])
+                    param.grad = slot
+
+    def flats(self) -> list[Tensor]:
+        return [bucket.gradients for bucket in self.buckets]
+
+    def detach(self) -> None:
+        super().detach()
+        for bucket in self.buckets:
+            for param in bucket.params:
+                param.grad = None
+        self.buckets.clear()

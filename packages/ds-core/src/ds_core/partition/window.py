@@ -1,0 +1,114 @@
+"""The gradients of one accumulation window: opened by a backward, closed by the step, and safe when autograd raises."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from ds_core.errors import EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
+
+__all__ = ["GradientWindow", "LocalGradients"]
+
+
+class GradientWindow(ABC):
+    """What a partition asks of its gradients. The state here is that of one backward; subclasses add the storage."""
+
+    def __init__(self) -> None:
+        self._in_backward = False
+        self._aborted = False
+        self._handles: list[RemovableHandle] = []
+
+    def check_in_backward(self) -> None:
+        """Called by the hook of every parameter.
+
+        Raises:
+            EngineError: the gradient did not come from ``engine.backward``.
+        """
+        if not self._in_backward:
+            raise EngineError(
+                "a gradient arrived outside engine.backward(loss): loss.backward() called directly is not built yet, "
+                "the engine could not tell which micro-batch it belongs to",
+                where="backward",
+                fix="call engine.backward(loss)",
+            )
+
+    def begin(self, *, reduce: bool) -> None:
+        """Expect the gradients of one backward; ``reduce``: of the last one in the window."""
+        if self._aborted:
+            raise EngineError(
+                "the backward before this one raised, so the gradients of this window are incomplete",
+                where="backward",
+                fix="call engine.zero_grad() to start the window anew",
+            )
+        self._in_backward = True
+
+    def end(self) -> None:
+        """Autograd is done."""
+        self._in_backward = False
+
+    def abort(self) -> None:
+        """Autograd raised. Collectives may be under way whose peers never come, so nothing is awaited."""
+        self._in_backward = False
+        self._aborted = True
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Afterwards ``grad`` of each parameter is the reduced gradient, None where no rank used it."""
+
+    @abstractmethod
+    def flats(self) -> list[Tensor]:
+        """Return tensors that hold every reduced gradient once, and zeros. Valid after :meth:`wait`."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget the window's gradients."""
+
+    @abstractmethod
+    def restore(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        """Continue a window with these gradients of this rank, copying them."""
+
+    def detach(self) -> None:
+        """Take the hooks off and let gradients go. Safe to repeat."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class LocalGradients(GradientWindow):
+    """Gradients of the only rank, where autograd leaves them: nothing is copied, nothing reduced."""
+
+    def __init__(self, params: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self._params = list(params)
+        self._handles = [param.register_post_accumulate_grad_hook(self._gradient_is_ready) for param in params]
+
+    def _gradient_is_ready(self, param: Tensor) -> None:
+        if not self._in_backward:
+            self.check_in_backward()
+
+    def wait(self) -> None:
+        """There is nobody to wait for."""
+
+    def flats(self) -> list[Tensor]:
+        return [param.grad for param in self._params if param.grad is not None]
+
+    def clear(self) -> None:
+        self._aborted = False
+        for param in self._params:
+            param.grad = None
+
+    def restore(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        self.clear()
+        for param, gradient in gradients.items():
+            param.grad = gradient.clone()
+
+    def detach(self) -> None:
+        super().detach()
+        self.clear()
+        self._params.clear()
