@@ -9,7 +9,6 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ds_core import registry
 from ds_core._packages import PACKAGE_OF_PLUGIN
 from ds_core.config.problems import Problem, dotted
 from ds_core.config.section import AUTO, show
@@ -34,14 +33,13 @@ def check(config: Config, invalid: set[str]) -> list[Problem]:
 
 
 def unresolved(config: Config) -> Iterator[Problem]:
-    """Return where ``"auto"`` was left in arguments of the optimizer and the scheduler, which have no default here."""
+    """Return where ``"auto"`` was left in the optimizer and the scheduler, which have no default here."""
     for name in ("optimizer", "scheduler"):
         section = getattr(config, name)
-        for path, value in _leaves(section.params if section else {}, (name, "params")):
+        given = {"type": section.type, "params": section.params} if section else {}
+        for path, value in _leaves(given, (name,)):
             if value == AUTO:
-                yield Problem(
-                    dotted(path), '"auto" was not replaced by a value', f'give a value, or remove "{path[-1]}"'
-                )
+                yield Problem(dotted(path), '"auto" was not replaced by a value', "give a value, or remove the key")
 
 
 def _leaves(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
@@ -104,6 +102,8 @@ def _no_max_grad_norm(config: Config) -> Iterator[Problem]:
 
 def _plugin_names(section_name: str) -> Rule:
     def rule(config: Config) -> Iterator[Problem]:
+        from ds_core import registry  # slow to import, and few configurations need it
+
         section: ChoiceSection = getattr(config, section_name)
         unknown = [name for name in section.options if name != section.chosen]
         if not unknown:

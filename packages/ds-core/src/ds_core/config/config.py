@@ -44,7 +44,7 @@ def _never(value: Any) -> Any:
 Steps = Annotated[PositiveInt | None, BeforeValidator(_never)]
 Lowered = BeforeValidator(lowered)
 CommDtype = Annotated[Literal["fp16", "bf16", "fp32"] | None, Lowered]
-ONLY_LEGACY = 'is read only beside the legacy form "zero_optimization": true'
+ONLY_LEGACY = 'which is read only beside the legacy form "zero_optimization": true'
 
 
 class Config(Section):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ds_core import registry
 from ds_core.config import not_built
 from ds_core.config.batch import BatchSizes, resolve_batch
 from ds_core.config.checks import check, unresolved
@@ -13,9 +12,6 @@ from ds_core.config.problems import Problem, dotted, raise_problems, unknown_key
 from ds_core.config.reading import Source, read
 from ds_core.config.section import AUTO, Section, show
 from ds_core.errors import ConfigError, PluginError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 __all__ = ["find_problems", "load_config"]
 
@@ -87,6 +83,7 @@ def _load(raw: dict[str, Any], dp_world_size: int | None) -> tuple[Config, list[
 def _sorted_out(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Section], list[Problem]]:
     """Return the keys that ``Config`` has, the checked sections of plugins, and the problems of all other keys."""
     known: dict[str, Any] = {}
+    foreign: dict[str, Any] = {}
     plugins: dict[str, Section] = {}
     problems: list[Problem] = []
     for key, value in raw.items():
@@ -96,13 +93,19 @@ def _sorted_out(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Section]
             known[key] = value
         elif key in not_built.SECTIONS:
             problems += _not_built(key, value)
-        elif key in registry.names("config"):
+        else:
+            foreign[key] = value
+    if foreign:
+        from ds_core import registry  # slow to import, and few configurations need it
+
+        own = registry.names("config")
+        for key, value in foreign.items():
+            if key not in own:
+                problems.append(unknown_key(Config, (key,), value, others=(*not_built.SECTIONS, *own)))
+                continue
             section, found = validate(_plugin_class(key), {} if value is None else value, path=(key,))
             problems += found
             plugins |= {key: section} if section is not None else {}
-        else:
-            others: Iterable[str] = (*not_built.SECTIONS, *registry.names("config"))
-            problems.append(unknown_key(Config, (key,), value, others=others))
     return known, plugins, problems
 
 
@@ -112,14 +115,13 @@ def _not_built(name: str, value: Any) -> list[Problem]:
     fix = f'remove "{name}"'
     if isinstance(value, dict) and "enabled" in value:
         fix += ', or set its "enabled" to false'
-    return [
-        Problem(
-            name, f"this section is not built yet; it comes with a later release of {not_built.SECTIONS[name][0]}", fix
-        )
-    ]
+    package, _ = not_built.SECTIONS[name]
+    return [Problem(name, f"this section is not built yet; it comes with a later release of {package}", fix)]
 
 
 def _plugin_class(name: str) -> type[Section]:
+    from ds_core import registry
+
     found = registry.load("config", name)
     if not (isinstance(found, type) and issubclass(found, Section)):
         raise PluginError(

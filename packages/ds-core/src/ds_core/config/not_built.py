@@ -43,7 +43,7 @@ SECTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "progressive_layer_drop": (_CORE, {}),
     "quantize_training": (_CORE, {}),
     "sparse_attention": ("ds-kernels", {}),
-    "tensor_parallel": ("ds-inference", {"tp_size": 1, "tp_grain_size": 1}),
+    "tensor_parallel": ("ds-inference", {"autotp_size": 1, "tp_size": 1, "tp_grain_size": 1}),
     "tensorboard": (_CORE, {}),
     "timers": (_CORE, {"enabled": True, "synchronized": True}),
     "wandb": (_CORE, {}),

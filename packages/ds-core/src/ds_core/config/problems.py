@@ -153,10 +153,7 @@ def _problem(model: type[Section], details: ErrorDetails, path: Path, data: Any)
     if kind == "invalid_key":
         return Problem(dotted((*full[:-1], str(full[-1]))), "a key must be text", 'put it in quotes: "..."')
     if holder is not None and key is not None and key not in holder.fields_by_key():
-        field_given = _field_of_leftover(holder, key)
-        if field_given:
-            return Problem(dotted(full), f"got {show(value)}, {field_given}", "keep one of the two")
-        return unknown_key(holder, full, value)
+        return _deprecated_problem(holder, key, full, value) or unknown_key(holder, full, value)
     if kind == "extra_forbidden" and holder is not None and key is not None:
         beside = _at(data, location[:-1], {})
         others = [
@@ -202,13 +199,15 @@ def _holder(model: type[Section], location: tuple[str | int, ...]) -> tuple[type
     return (holder, last) if isinstance(last, str) else (None, None)
 
 
-def _field_of_leftover(holder: type[Section], key: str) -> str | None:
-    """Return what to say of a deprecated key that ``holder`` could not rewrite, or None for any other key."""
+def _deprecated_problem(holder: type[Section], key: str, path: Path, value: Any) -> Problem | None:
+    """Return what is wrong with a deprecated key that ``holder`` could not rewrite, or None for any other key."""
     from ds_core.config.zero import DEPRECATED, ZeroSection
 
     if holder is not ZeroSection or key not in DEPRECATED:
         return None
-    return f"must be true or false, and not beside its replacement {DEPRECATED[key]}"
+    if isinstance(value, bool):
+        return Problem(dotted(path), f"its replacement, {DEPRECATED[key]}, is given too", "remove the old key")
+    return Problem(dotted(path), f"got {show(value)}, must be true or false", f"write {DEPRECATED[key]} instead")
 
 
 PLAIN = {
@@ -216,8 +215,8 @@ PLAIN = {
     "bool_parsing": "must be true or false",
     "string_type": "must be text",
     "string_too_short": "must not be empty",
-    "dict_type": "must be an object { ... }",
-    "model_type": "must be an object { ... }",
+    "dict_type": "must be an object {{ ... }}",
+    "model_type": "must be an object {{ ... }}",
     "tuple_type": "must be a list",
     "list_type": "must be a list",
     "greater_than_equal": "must be at least {ge}",

@@ -7,11 +7,13 @@ import binascii
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_core.config.problems import Problem
+from ds_core.config.problems import Problem, dotted
+from ds_core.config.section import show
 from ds_core.errors import ConfigError
 
 __all__ = ["Source", "copied", "read"]
@@ -41,7 +43,7 @@ def read(source: Source) -> tuple[dict[str, Any], str, list[Problem]]:
 
 
 def copied(source: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """Return a copy of ``source`` in which every mapping and list is new; other values are shared.
+    """Return a copy of ``source`` in which every mapping, list and tuple is new; other values are shared.
 
     Leaves may be objects that cannot be copied, such as process groups.
     """
@@ -50,11 +52,12 @@ def copied(source: Mapping[str, Any], *, where: str) -> dict[str, Any]:
 
 def _copied(value: Any, depth: int, where: str) -> Any:
     if depth > MAX_DEPTH:
-        raise ConfigError(f"objects are nested more than {MAX_DEPTH} deep", where=where, fix="remove the nesting")
+        raise _too_deep(where)
     if isinstance(value, Mapping):
         return {key: _copied(item, depth + 1, where) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_copied(item, depth + 1, where) for item in value]
+        items = [_copied(item, depth + 1, where) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
     return value
 
 
@@ -115,33 +118,49 @@ def _read_file(path: Path) -> tuple[dict[str, Any], str, list[Problem]]:
     return _parse(text, str(path))
 
 
+def _too_deep(where: str) -> ConfigError:
+    return ConfigError(f"objects are nested more than {MAX_DEPTH} deep", where=where, fix="remove the nesting")
+
+
+class _Object(dict[str, Any]):
+    """An object of a file, which remembers the keys it was given twice."""
+
+    def __init__(self, items: list[tuple[str, Any]]) -> None:
+        super().__init__(items)
+        self.twice = [key for key, count in Counter(key for key, _ in items).items() if count > 1]
+
+
 def _parse(text: str, where: str) -> tuple[dict[str, Any], str, list[Problem]]:
-    twice: list[Problem] = []
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for key, value in items:
-            if key in seen:
-                twice.append(Problem(key, "is given twice in one object", "keep one of the two"))
-            seen[key] = value
-        return seen
-
     try:
-        value = _loads(text, pairs)
+        value = _loads(text)
     except RecursionError:
-        raise ConfigError("objects are nested too deep", where=where, fix="remove the nesting") from None
+        raise ConfigError(
+            f"objects are nested more than {MAX_DEPTH} deep", where=where, fix="remove the nesting"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"this is neither JSON nor HJSON: {error}", where=where, fix="correct the syntax") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"a configuration must be one object {{ ... }}, got a {type(value).__name__}", where=where)
-    return copied(value, where=where), where, twice
+    if not isinstance(value, _Object):
+        raise ConfigError(
+            f"a configuration must be one object {{ ... }}, got {show(value)}", where=where, fix="put it in braces"
+        )
+    return copied(value, where=where), where, list(_given_twice(value, ()))
 
 
-def _loads(text: str, pairs: Any) -> Any:
+def _loads(text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=pairs)
+        return json.loads(text, object_pairs_hook=_Object)
     except json.JSONDecodeError:
         # Comments, unquoted keys, trailing commas. Only on demand: most files are plain JSON, which parses far faster.
         import hjson
 
-        return hjson.loads(text, object_pairs_hook=pairs)
+        return hjson.loads(text, object_pairs_hook=_Object)
+
+
+def _given_twice(value: Any, path: tuple[str | int, ...]) -> Iterator[Problem]:
+    if isinstance(value, _Object):
+        for key in value.twice:
+            yield Problem(dotted((*path, key)), "is given twice in one object", "keep one of the two")
+    items: Iterable[tuple[str | int, Any]] = value.items() if isinstance(value, _Object) else enumerate(value)
+    for place, item in items:
+        if isinstance(item, (_Object, list)):
+            yield from _given_twice(item, (*path, place))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -36,7 +40,7 @@ class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are frozen, ``"auto"`` means the default.
 
     A key may be written by its field name or by an alias, but not by both at once. The docstring under a field is its
-    description.
+    description (:meth:`descriptions`).
 
     >>> class Limits(Section):
     ...     bucket_numel: Count = key("bucket_size", default=8)
@@ -49,7 +53,7 @@ class Section(BaseModel):
         extra="forbid",
         validate_default=True,
         populate_by_name=True,
-        use_attribute_docstrings=True,
+        defer_build=True,  # validators are built on first use: an import that checks nothing should cost nothing
         protected_namespaces=(),
     )
 
@@ -69,6 +73,19 @@ class Section(BaseModel):
     def fields_by_key(cls) -> Mapping[str, str]:
         """Return every key a user may write -> the field it sets."""
         return cls._field_of_key
+
+    @classmethod
+    def descriptions(cls) -> Mapping[str, str]:
+        """Return the docstring under each field, by field name.
+
+        Read from the source on demand: pydantic's ``use_attribute_docstrings`` does it at import, for a third of the
+        50 ms that the import may take.
+        """
+        found: dict[str, str] = {}
+        for base in reversed(cls.__mro__):
+            if base is not Section and issubclass(base, Section):
+                found |= _docstrings(base)
+        return {name: found[name] for name in cls.model_fields if name in found}
 
     @model_validator(mode="before")
     @classmethod
@@ -94,6 +111,20 @@ class Section(BaseModel):
             return getattr(self, field) if field and field != name else super().__getattr__(name)
 
 
+def _docstrings(section: type[Section]) -> dict[str, str]:
+    body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: inspect.cleandoc(text.value.value)
+        for field, text in itertools.pairwise(body.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
 def key(*keys: str, default: Any, **constraints: Any) -> Any:
     """Return a field whose keys in a file are ``keys`` (the first is the one we print) and the field's own name."""
     return Field(default, validation_alias=AliasChoices(*keys), serialization_alias=keys[0], **constraints)
@@ -111,7 +142,7 @@ class NotBuilt:
     accepted: tuple[Any, ...]
     why: str
 
-    def __init__(self, *accepted: Any, why: str = "is not built yet") -> None:
+    def __init__(self, *accepted: Any, why: str = "which is not built yet") -> None:
         object.__setattr__(self, "accepted", accepted)
         object.__setattr__(self, "why", why)
 
@@ -158,12 +189,19 @@ def _first(items: Any) -> list[Any]:
 
 def _whole(value: Any) -> int:
     number = _number(value)
-    if isinstance(number, float) and not number.is_integer():  # False for inf and nan too
+    if number is None or (isinstance(number, float) and not number.is_integer()):  # False for inf and nan too
         raise PydanticCustomError("whole_number", "must be a whole number")
     return int(number)
 
 
-def _number(value: Any) -> int | float:
+def _finite(value: Any) -> float:
+    number = _number(value)
+    if number is None or not math.isfinite(number):
+        raise PydanticCustomError("number", "must be a finite number")
+    return float(number)
+
+
+def _number(value: Any) -> int | float | None:
     # bool is an int in Python, but "gradient_clipping": true is a mistake.
     if not isinstance(value, bool):
         if isinstance(value, (int, float)):
@@ -172,23 +210,18 @@ def _number(value: Any) -> int | float:
             return _parsed(value)
         if hasattr(value, "__index__"):
             return int(value)
-    raise PydanticCustomError("number", "must be a number")
+        if hasattr(value, "__float__"):  # numpy's float32, a tensor with one element
+            return float(value)
+    return None
 
 
-def _parsed(text: str) -> int | float:
+def _parsed(text: str) -> int | float | None:
     for parse in (int, float):
         try:
             return parse(text)
         except ValueError:
             continue
-    raise PydanticCustomError("number", "must be a number")
-
-
-def _finite(value: Any) -> float:
-    number = float(_number(value))
-    if not math.isfinite(number):
-        raise PydanticCustomError("finite", "must be a finite number")
-    return number
+    return None
 
 
 Int = Annotated[int, BeforeValidator(_whole)]

@@ -186,7 +186,7 @@ class ZeroSection(Section):
     """Gather parameters one after another."""
     ignore_unused_parameters: bool = True
     """A parameter without a gradient is no error (stage 2)."""
-    legacy_stage1: Annotated[bool, NotBuilt(False, why="was removed from DeepSpeed")] = False
+    legacy_stage1: Annotated[bool, NotBuilt(False, why="which was removed from DeepSpeed")] = False
     """DeepSpeed's first stage 1."""
     round_robin_gradients: bool = False
     """Spread the copies of gradients to the CPU over the ranks."""
@@ -243,7 +243,7 @@ class ZeroSection(Section):
 DEPRECATED = {
     "cpu_offload": '"offload_optimizer": {"device": "cpu"}',
     "cpu_offload_param": '"offload_param": {"device": "cpu"}',
-    "cpu_offload_use_pin_memory": '"pin_memory" of an offload section',
+    "cpu_offload_use_pin_memory": '"pin_memory" in an offload section',
     "stage3_gather_fp16_weights_on_model_save": '"stage3_gather_16bit_weights_on_model_save"',
 }
 """Old keys of ``zero_optimization`` that are still read -> what to write instead."""
