@@ -118,7 +118,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Benchmarks against their peers: nox -s bench -- [NAME ...] [-- options of the scripts]."""
-    install(session, *editable(), *group(ROOT, "bench"))
+    install(session, *editable())
     run_benchmarks(session)
 
 
@@ -138,10 +138,10 @@ def gpu(session: nox.Session) -> None:
         session.skip("no CUDA device: nvidia-smi lists none")
     # The one session without the constraints, on the machine's own packages: a CUDA torch that is there is kept.
     session.env.update(QUIET_ENV)
-    session.install(*editable(), *group(ROOT, "test"), *group(ROOT, "bench"))
+    session.install(*editable(), *group(ROOT, "test"))
     # 5: nothing is marked gpu (yet).
     session.run(*PYTEST, "-m", "gpu", "packages", "tests", success_codes=[0, 5])
-    run_benchmarks(session)
+    run_benchmarks(session, results=ROOT / "benchmarks" / "results")
 
 
 def install(session: nox.Session, *what: str) -> None:
@@ -191,13 +191,24 @@ def without_slow(arguments: list[str]) -> list[str]:
     return [] if "-m" in arguments else ["-m", "not slow"]
 
 
-def run_benchmarks(session: nox.Session) -> None:
-    """Run the named benchmarks, or all; words after a second ``--`` go to each script."""
+def run_benchmarks(session: nox.Session, *, results: Path | None = None) -> None:
+    """Run the named benchmarks, or all; words after a second ``--`` go to each script.
+
+    With ``results`` the table and the JSON of each are written there, as NAME.txt and NAME.json.
+    """
     words = list(session.posargs)
     at = words.index("--") if "--" in words else len(words)
     unknown = sorted(set(words[:at]) - set(BENCHMARKS))
     if unknown:
         session.error(f"no benchmark is called {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
-    (ROOT / "benchmarks" / "results").mkdir(exist_ok=True)
     for name in words[:at] or BENCHMARKS:
-        session.run("python", f"benchmarks/{name}.py", *words[at + 1 :], env={"OMP_NUM_THREADS": None})
+        command = ["python", f"benchmarks/{name}.py", *words[at + 1 :]]
+        # Benchmarks choose their threads themselves.
+        if results is None:
+            session.run(*command, env={"OMP_NUM_THREADS": None})
+            continue
+        results.mkdir(exist_ok=True)
+        record = ["--json", str(results / f"{name}.json")]
+        table = session.run(*command, *record, env={"OMP_NUM_THREADS": None}, silent=True)
+        print(table)
+        (results / f"{name}.txt").write_text(str(table))
