@@ -47,7 +47,7 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+@nox.parametrize("package", PACKAGES)
 def tests_alone(session: nox.Session, package: str) -> None:
     """One package from its wheel, with nothing but what it declares: nox -s "tests_alone(package='ds-core')"."""
     wheels = Path(session.create_tmp()) / "wheels"

@@ -8,10 +8,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from layers import module_name, source_files
 from markdown_blocks import Block, blocks
+
+from ds_core.testing.state import reset_globals
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(ROOT.glob("packages/*/src"))
@@ -24,9 +30,17 @@ def identify(block: Block) -> str:
     return f"{block.path.relative_to(ROOT)}:{block.line}"
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_examples_in_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty folder; what the examples made that a process has one of is taken away afterwards."""
     monkeypatch.chdir(tmp_path)
+    yield
+    reset_globals()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert result.failed == 0, f"python -m doctest shows the difference in {name}"
 

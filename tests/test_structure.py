@@ -20,7 +20,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
 IMPORT_NAMES = [path.name.replace("-", "_") for path in PACKAGES]
 PARTS = ("packages", "tests", "tools", "benchmarks", "examples", "docs", ".ci")
-GENERATED = {"__pycache__", ".pytest_cache", ".hypothesis", "dist", "build", "runs", "results"}
+GENERATED = {
+    "__pycache__",
+    ".hypothesis",
+    ".mypy_cache",
+    ".pytest_cache",
+    ".ruff_cache",
+    "dist",
+    "build",
+    "runs",
+    "results",
+}
 
 every_package = pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
 
