@@ -112,8 +112,9 @@ def _plugin_names(section_name: str) -> Rule:
         # What is not installed may still be a plugin's name; only what looks like a slip of a known word is refused.
         words = {*known, *section.fields_by_key(), *filter(None, [section.chosen])}
         for name in unknown:
-            close = [] if name in known else difflib.get_close_matches(name, words, n=1, cutoff=0.8)
-            if close:
+            close = difflib.get_close_matches(name, words, n=1, cutoff=0.8)
+            # Short names differ by one letter on purpose: fp6 is not a slip of fp16.
+            if close and name not in known and len(name) >= 5:
                 yield Problem(f"{section_name}.{name}", "no plugin is called so", f'did you mean "{close[0]}"?')
 
     return rule

@@ -67,5 +67,11 @@ def _asks_nothing(value: Any, defaults: Mapping[str, Any]) -> bool:
     if "enabled" in value and "enabled" not in defaults and (value["enabled"] is False or value["enabled"] == AUTO):
         return True
     return all(
-        (key in defaults and item == defaults[key]) or _asks_nothing(item, defaults) for key, item in value.items()
+        _is_default(item, defaults[key]) if key in defaults else _asks_nothing(item, defaults)
+        for key, item in value.items()
     )
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    # A number that is zero or null asks for nothing; a switch that is on by default and turned off does.
+    return value in (default, AUTO) or (not value and default is not True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+import json
 import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from numbers import Integral
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -173,7 +175,7 @@ def _json(value: Any, depth: int) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
-        return f'"{value}"'
+        return json.dumps(value[:1000], ensure_ascii=False)
     if isinstance(value, Mapping):
         inner = (f"{_json(name, 0)}: {_json(item, depth - 1)}" for name, item in _first(value.items()))
         return "{" + ", ".join(inner) + "}" if depth > 0 else "{...}"
@@ -208,7 +210,7 @@ def _number(value: Any) -> int | float | None:
             return value
         if isinstance(value, str):
             return _parsed(value)
-        if hasattr(value, "__index__"):
+        if isinstance(value, Integral):  # numpy's
             return int(value)
         if hasattr(value, "__float__"):  # numpy's float32, a tensor with one element
             return float(value)
