@@ -90,7 +90,10 @@ class Partition(ABC):
 
     @abstractmethod
     def end_backward(self) -> None:
-        """Called after autograd ran. Starts what collectives have not been started by hooks; does not wait."""
+        """Called after autograd ran. In a backward that reduces, starts the collectives that hooks have not started.
+
+        Where the partition keeps full gradients, ``param.grad`` is the reduced gradient on return.
+        """
 
     @abstractmethod
     def abort_backward(self) -> None:
@@ -98,7 +101,7 @@ class Partition(ABC):
 
     @abstractmethod
     def reduce(self) -> SquaredNorm:
-        """Wait for the collectives; afterwards the optimizer's tensors have their reduced gradient in ``.grad``.
+        """Wait for what is still under way; afterwards the optimizer's tensors have their reduced gradient in ``.grad``.
 
         A parameter that no rank used has ``.grad`` None.
         """

@@ -155,8 +155,9 @@ class Bucketer(GradientWindow):
     def end(self) -> None:
         super().end()
         if self._reducing:
-            # What is left are buckets with parameters this backward did not use.
-            self._start_rest()
+            # Waiting here, not in the step, costs nothing: there is no backward left to overlap with, and the caller
+            # may read gradients between the two. On a GPU only the stream waits.
+            self.wait()
 
     def _start_full_buckets(self) -> None:
         while self._started < len(self.buckets) and self.buckets[self._started].waiting_for == 0:

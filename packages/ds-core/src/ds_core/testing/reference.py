@@ -1,0 +1,262 @@
+"""Training on N ranks against a plain single-process PyTorch loop: the same data, the same bound everywhere (P03).
+
+A :class:`Case` names what is trained; :func:`train` runs it through an engine on this rank, :func:`reference` in plain
+PyTorch over the data of all ranks, :func:`differences` compares every loss, gradient and weight element by element.
+
+Note: the bound
+    Both sides add the same numbers in another order. A gradient here is a sum of at most 2**7 products, so orders
+    differ by at most 2**7 * 2**-24 = 2**-17 of the largest partial sum, which is of the size of the tensor's largest
+    gradient; eight layers deep, and with the division by accumulation and ranks rounded at another place, 2**-14 of it
+    is allowed. A step moves a weight by at most lr times the gradient's error with SGD, and lr / eps times it with
+    Adam, whose update has slope at most 1 / eps; ``ADAM_EPS`` is large so that this stays small. Over the few steps of
+    a case errors add up. A halved or doubled share of one rank is larger than this by orders of magnitude.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ds_core
+from ds_core import comm
+
+__all__ = ["Case", "Trace", "build_model", "differences", "every_case", "loss_of", "micro_batch", "reference", "train"]
+
+MODELS = ("plain", "tied", "frozen", "unused", "zero_size", "all")
+OUTPUTS = ("tensor", "tuple", "dict", "dataclass")
+LR = 0.05
+ADAM_EPS = 0.05
+GRADIENT_BOUND = 2.0**-14
+"""Of the largest element of the tensor's gradient."""
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained."""
+
+    model: str = "all"
+    output: str = "tensor"
+    accumulation: int = 1
+    clipping: float = 0.0
+    optimizer: str = "SGD"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        if self.optimizer == "SGD":
+            return {"lr": LR, "momentum": 0.9, "weight_decay": 0.01}
+        return {"lr": LR, "eps": ADAM_EPS, "weight_decay": 0.01}
+
+    @property
+    def step_bound(self) -> float:
+        """How far a weight may be off per step, per unit of gradient error."""
+        return LR * 10 if self.optimizer == "SGD" else LR / ADAM_EPS * 2
+
+
+def every_case() -> Iterator[Case]:
+    """Yield the full product of models, outputs, accumulation 1 to 3, clipping off and on, SGD and AdamW."""
+    for case in product(MODELS, OUTPUTS, (1, 2, 3), (0.0, 0.05), ("SGD", "AdamW")):
+        yield Case(*case)
+
+
+@dataclass
+class Output:
+    """An output the engine knows nothing about."""
+
+    loss: Tensor
+    logits: Tensor
+
+
+class OddModel(nn.Module):
+    """A few hundred parameters with what real models have: see ``MODELS``."""
+
+    WIDTH, VOCABULARY = 6, 11
+
+    def __init__(self, kind: str, output: str) -> None:
+        super().__init__()
+        has = MODELS[1:-1] if kind == "all" else (kind,)
+        self.output = output
+        self.embed = nn.Embedding(self.VOCABULARY, self.WIDTH)
+        self.block = nn.Linear(self.WIDTH, self.WIDTH)  # used twice in one forward
+        self.norm = nn.LayerNorm(self.WIDTH)
+        self.head = nn.Linear(self.WIDTH, self.VOCABULARY, bias=False)
+        if "tied" in has:
+            self.head.weight = self.embed.weight
+        if "frozen" in has:
+            self.frozen = nn.Linear(self.WIDTH, self.WIDTH).requires_grad_(False)
+        if "unused" in has:
+            self.never = nn.Linear(3, 2)
+            self.sometimes = nn.Linear(self.WIDTH, self.WIDTH)  # by some ranks, in some micro-batches
+        if "zero_size" in has:
+            self.nothing = nn.Parameter(torch.empty(0, 4))
+        self.register_buffer("scale", torch.tensor([1.5]))
+
+    def forward(self, tokens: Tensor, use_sometimes: bool) -> Any:
+        hidden = self.embed(tokens)
+        hidden = hidden + torch.tanh(self.block(hidden))
+        hidden = hidden + torch.tanh(self.block(self.norm(hidden)))
+        if hasattr(self, "frozen"):
+            hidden = hidden + self.frozen(hidden)
+        if hasattr(self, "sometimes") and use_sometimes:
+            hidden = hidden + self.sometimes(hidden)
+        logits = self.head(hidden) * self.scale
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        if hasattr(self, "nothing"):
+            loss = loss + self.nothing.sum()
+        return {
+            "tensor": lambda: loss,
+            "tuple": lambda: (loss, logits),
+            "dict": lambda: {"loss": loss, "logits": logits},
+            "dataclass": lambda: Output(loss, logits),
+        }[self.output]()
+
+
+def build_model(case: Case) -> nn.Module:
+    """Return the model of ``case``, the same values in every process."""
+    state = torch.get_rng_state()
+    torch.manual_seed(7)
+    model = OddModel(case.model, case.output)
+    torch.set_rng_state(state)
+    return model
+
+
+def micro_batch(step: int, micro: int, rank: int) -> tuple[Tensor, bool]:
+    """Return rank ``rank``'s input: tokens ``[2, 5]``, and whether it uses the parameter not all do."""
+    generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
+    tokens = torch.randint(OddModel.VOCABULARY, (2, 5), generator=generator)
+    # In the last step nobody uses it: its gradient must be None there, not zero.
+    return tokens, (step + micro + rank) % 3 == 0 and step < STEPS - 1
+
+
+def loss_of(output: Any) -> Tensor:
+    """Return the loss in any of the output forms."""
+    if isinstance(output, tuple):
+        loss = output[0]
+    elif isinstance(output, Mapping):
+        loss = output["loss"]
+    else:
+        loss = getattr(output, "loss", output)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+@dataclass
+class Trace:
+    """What happened in each step."""
+
+    losses: list[list[float]] = field(default_factory=list)
+    """Per step, this rank's micro-batch losses."""
+    gradients: list[dict[str, Tensor | None]] = field(default_factory=list)
+    """Per step, before clipping."""
+    norms: list[float] = field(default_factory=list)
+    weights: list[dict[str, Tensor]] = field(default_factory=list)
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: param.detach().clone() for name, param in module.named_parameters()}
+
+
+def _gradients(module: nn.Module) -> dict[str, Tensor | None]:
+    return {name: None if p.grad is None else p.grad.detach().clone() for name, p in module.named_parameters()}
+
+
+def reference(case: Case, world_size: int, rank: int = 0) -> Trace:
+    """Train in plain PyTorch on the data of all ranks; ``losses`` are those of ``rank``."""
+    model, trace = build_model(case), Trace()
+    cls = getattr(torch.optim, case.optimizer)
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    optimizer = cls(trainable, **case.options)
+    for step in range(STEPS):
+        losses = []
+        for micro, r in product(range(case.accumulation), range(world_size)):
+            loss = loss_of(model(*micro_batch(step, micro, r)))
+            (loss / (case.accumulation * world_size)).backward()  # type: ignore[no-untyped-call]
+            if r == rank:
+                losses.append(loss.item())
+        trace.losses.append(losses)
+        trace.gradients.append(_gradients(model))
+        limit = case.clipping if case.clipping > 0 else float("inf")
+        trace.norms.append(nn.utils.clip_grad_norm_(trainable, limit).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        trace.weights.append(_weights(model))
+    return trace
+
+
+def train(
+    case: Case,
+    config: Mapping[str, Any] | None = None,
+    *,
+    tamper: Callable[[Tensor], Tensor] = lambda loss: loss,
+    gradients: Callable[[nn.Module], dict[str, Tensor | None]] = _gradients,
+) -> Trace:
+    """Train through an engine, on every rank of the process group.
+
+    Args:
+        case: what.
+        config: sections to add, such as ``{"zero_optimization": {"stage": 1}}``.
+        tamper: applied to the loss before backward; for showing that the comparison notices.
+        gradients: how to read the reduced gradients, between the last backward and the step.
+    """
+    engine, *_ = ds_core.initialize(
+        model=build_model(case),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": case.accumulation,
+            "gradient_clipping": case.clipping,
+            "optimizer": {"type": case.optimizer, "params": case.options},
+            **(config or {}),
+        },
+    )
+    trace, rank = Trace(), comm.get_rank()
+    for step in range(STEPS):
+        losses = []
+        for micro in range(case.accumulation):
+            loss = loss_of(engine(*micro_batch(step, micro, rank)))
+            losses.append(loss.item())
+            engine.backward(tamper(loss))
+            if micro == case.accumulation - 1:
+                trace.gradients.append(gradients(engine.module))
+            engine.step()
+        trace.losses.append(losses)
+        trace.norms.append(engine.get_global_grad_norm())
+        trace.weights.append(_weights(engine.module))
+    engine.destroy()
+    return trace
+
+
+def differences(case: Case, mine: Trace, expected: Trace) -> list[str]:
+    """Return what is outside the bound, in words; empty when all is right."""
+    found = []
+    error = 0.0
+    for step in range(STEPS):
+        for name, want in expected.gradients[step].items():
+            got = mine.gradients[step][name]
+            if want is None or got is None:
+                if (want is None) != (got is None):
+                    found.append(f"step {step}: gradient of {name} is {got}, expected {want}")
+                continue
+            # An earlier step's difference in the weights moves this gradient by about as much.
+            allowed = GRADIENT_BOUND * (1 + _largest(want)) * (1 + step)
+            error = max(error, allowed)
+            if (off := _largest(got - want)) > allowed:
+                found.append(f"step {step}: gradient of {name} is off by {off:.2e}, allowed {allowed:.2e}")
+        for name, weight in expected.weights[step].items():
+            allowed = case.step_bound * error * (1 + step)
+            if (off := _largest(mine.weights[step][name] - weight)) > allowed:
+                found.append(f"step {step}: weight {name} is off by {off:.2e}, allowed {allowed:.2e}")
+        if abs(mine.norms[step] - expected.norms[step]) > GRADIENT_BOUND * 4 * (1 + expected.norms[step]):
+            found.append(f"step {step}: norm is {mine.norms[step]}, expected {expected.norms[step]}")
+        for got_loss, want_loss in zip(mine.losses[step], expected.losses[step], strict=True):
+            if abs(got_loss - want_loss) > GRADIENT_BOUND * 4 * (1 + step):
+                found.append(f"step {step}: loss is {got_loss}, expected {want_loss}")
+    return found
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
