@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
@@ -15,7 +15,8 @@ class ChoiceSection(Section):
     """A section with a key that names a plugin; further keys are sub-sections, each for the plugin of that name."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, dict[str, Any]] = Field(init=False)
+    if not TYPE_CHECKING:  # mypy would take it for an argument of the constructor
+        __pydantic_extra__: dict[str, dict[str, Any]]
 
     seam: ClassVar[str]
     """The seam whose plugins may be named."""
