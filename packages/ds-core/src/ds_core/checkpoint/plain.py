@@ -80,6 +80,12 @@ class PlainCheckpoint(CheckpointEngine):
                 where=str(error.filename or folder),
                 fix="free space or choose another folder; what was saved before is untouched",
             )
+        except Exception as error:
+            # Whatever it is, the other ranks must hear of it: they are waiting for this one.
+            failure = CheckpointError(
+                f"the checkpoint cannot be written: {type(error).__name__}: {error}", where=str(folder)
+            )
+            failure.__cause__ = error
         raise_together(failure, self.group)
 
     def _write_own(self, folder: Path, name: str, rank: int, snapshot: Snapshot) -> None:

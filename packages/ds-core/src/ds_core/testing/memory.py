@@ -32,7 +32,7 @@ class _Entry:
     label: str
 
 
-class LiveStorage(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveStorage(TorchDispatchMode):
     """Counts storages that ops make while it is entered, from their creation to the moment they are freed.
 
     Each storage counts once, however many views it has, and as large as it is now: in-place ops and views add

@@ -1,0 +1,401 @@
+"""Contract of the seam ``partition``; inherit :class:`PartitionContract` in a plugin's tests.
+
+Every check runs on 1 and on 2 ranks. The reference is the same model in plain PyTorch, which sees the batches of all
+ranks; gradients are compared by logical name and chunk, so where a partition keeps them does not matter.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+from ds_core.config import load_config
+from ds_core.interfaces.logical import BUFFER, GRADIENT, WEIGHT, Chunk, LogicalTensor, Piece
+from ds_core.interfaces.partition import Partition, PartitionInputs
+from ds_core.interfaces.precision import PrecisionPlan
+from ds_core.testing.ranks import run_ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+__all__ = ["PartitionContract", "PartitionModel"]
+
+# A gradient is a sum of at most a few dozen products, in another order than the reference's; 24 bits, 6 lost.
+RTOL = ATOL = 2**-18
+LR = 0.125
+
+
+class PartitionModel(nn.Module):
+    """Small, with everything that goes wrong: tied, frozen, zero-size, 0-d and unused parameters, and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 7)
+        self.tied = nn.Linear(5, 7, bias=False)
+        self.tied.weight = self.first.weight
+        self.a = nn.Linear(7, 3)
+        self.b = nn.Linear(7, 3)
+        self.never = nn.Parameter(torch.ones(11))
+        self.empty = nn.Parameter(torch.zeros(0, 4))
+        self.scalar = nn.Parameter(torch.tensor(0.5))
+        self.frozen = nn.Parameter(torch.full((7,), 2.0), requires_grad=False)
+        self.register_buffer("count", torch.zeros(2, dtype=torch.int64))
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+
+    def forward(self, x: Tensor, branches: str = "ab") -> Tensor:
+        hidden = torch.tanh(self.first(x) + self.tied(x)) * self.frozen * self.scalar
+        parts = [layer(hidden) for name, layer in (("a", self.a), ("b", self.b)) if name in branches]
+        return torch.stack(parts).square().mean() + self.empty.sum()
+
+
+class PartitionContract:
+    """What every partition promises."""
+
+    @pytest.fixture
+    def partition_class(self) -> type[Partition]:
+        """Override: the class under test, importable by name."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def config_data(self) -> Mapping[str, Any]:
+        """Override if needed: the configuration that chooses it."""
+        return {}
+
+    @pytest.fixture
+    def plan(self) -> PrecisionPlan:
+        """Override if needed; the comparisons are made for fp32."""
+        return PrecisionPlan()
+
+    @pytest.mark.parametrize("world_size", [1, 2])
+    def test_on_ranks(
+        self,
+        partition_class: type[Partition],
+        config_data: Mapping[str, Any],
+        plan: PrecisionPlan,
+        world_size: int,
+    ) -> None:
+        """All of :data:`CHECKS`, in one spawn; the error names the check that failed."""
+        run_ranks([partial(check, partition_class, dict(config_data), plan) for check in CHECKS], world_size)
+
+
+class Case:
+    """A partition on this rank, and the plain model beside it."""
+
+    def __init__(self, cls: type[Partition], data: Mapping[str, Any], plan: PrecisionPlan) -> None:
+        import torch.distributed as dist
+
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        torch.manual_seed(5)
+        self.model = PartitionModel()
+        self.reference = copy.deepcopy(self.model)
+        self.hooks_before = _count_hooks(self.model)
+        trainable = [param for param in self.model.parameters() if param.requires_grad]
+        assert dist.group.WORLD is not None
+        self.partition = cls(
+            PartitionInputs(
+                module=self.model,
+                param_groups=[
+                    {"params": trainable[:3], "lr": LR},
+                    {"params": trainable[3:], "lr": LR, "mark": "second"},
+                ],
+                names={param: name for name, param in self.model.named_parameters()},
+                plan=plan,
+                group=dist.group.WORLD,
+                device=torch.device("cpu"),
+                config=load_config({"train_micro_batch_size_per_gpu": 1, **data}, dp_world_size=self.world_size),
+            )
+        )
+
+    def loss(self, seed: int, branches: str = "ab") -> Tensor:
+        return self._loss(self.model, seed, self.rank, branches) * self.partition.loss_factor
+
+    @staticmethod
+    def _loss(model: nn.Module, seed: int, rank: int, branches: str) -> Tensor:
+        generator = torch.Generator().manual_seed(100 * seed + rank)
+        loss: Tensor = model(torch.randn(4, 5, generator=generator), branches)
+        return loss
+
+    def backward(self, seed: int, *, reduce: bool, branches: Mapping[int, str] | None = None) -> None:
+        """One micro-batch, here and (with the mean over all ranks) in the reference."""
+        branches = branches or {}
+        loss = self.loss(seed, branches.get(self.rank, "ab"))
+        self.partition.begin_backward(reduce=reduce)
+        loss.backward()
+        self.partition.end_backward()
+        losses = [self._loss(self.reference, seed, rank, branches.get(rank, "ab")) for rank in range(self.world_size)]
+        torch.stack(losses).mean().backward()
+
+    def tensors(self) -> list[tuple[Tensor, Piece]]:
+        tensors = [tensor for group in self.partition.optimizer_groups() for tensor in group["params"]]
+        return list(zip(tensors, self.partition.optimizer_pieces(), strict=True))
+
+    def check_gradients(self) -> None:
+        """Reduce, and compare gradients and norm with the reference."""
+        norm = self.partition.reduce()
+        expected = {name: param.grad for name, param in self.reference.named_parameters()}
+        for tensor, piece in self.tensors():
+            wanted = expected[piece.of.name]
+            if wanted is None:
+                assert tensor.grad is None, f"{piece.of.name}: no rank used it"
+            elif tensor.numel():
+                assert tensor.grad is not None, f"{piece.of.name}: has no gradient"
+                close(tensor.grad.reshape(-1), part_of(wanted, piece.chunk), piece.of.name)
+        total = norm.value.clone()
+        assert total.shape == ()
+        assert total.dtype in (torch.float32, torch.float64)
+        for group in norm.groups:
+            torch.distributed.all_reduce(total, group=group)
+        squares = [gradient.double().square().sum() for gradient in expected.values() if gradient is not None]
+        close(total.double(), torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64), "norm")
+
+    def clear(self) -> None:
+        self.partition.clear_gradients()
+        self.reference.zero_grad(set_to_none=True)
+
+
+def close(actual: Tensor, expected: Tensor, name: str) -> None:
+    torch.testing.assert_close(
+        actual, expected.to(actual.dtype), rtol=RTOL, atol=ATOL, msg=lambda text: f"{name}: {text}"
+    )
+
+
+def part_of(whole: Tensor, chunk: Chunk) -> Tensor:
+    """Return what ``chunk`` holds of ``whole``, flat."""
+    box = whole[tuple(slice(s, s + n) for s, n in zip(chunk.box.start, chunk.box.size, strict=True))]
+    return box.reshape(-1)[chunk.offset : chunk.offset + chunk.length]
+
+
+def check_groups(*setup: Any) -> None:
+    case = Case(*setup)
+    groups = case.partition.optimizer_groups()
+    assert [group.get("mark") for group in groups] == [None, "second"]
+    assert all(group["lr"] == LR for group in groups)
+    for tensor, piece in case.tensors():
+        assert type(tensor) in (torch.Tensor, nn.Parameter), "a plain local tensor"
+        assert tensor.numel() == piece.chunk.length
+        assert tensor.data_ptr() == piece.data.data_ptr()
+    held = [param for group in case.partition.inputs.param_groups for param in group["params"]]
+    assert {piece.of.name for _, piece in case.tensors()} <= {case.partition.inputs.names[param] for param in held}
+    assert isinstance(case.partition.loss_factor, float)
+    assert case.world_size > 1 or case.partition.loss_factor == 1.0
+    assert all(isinstance(text, str) for item in case.partition.report().items() for text in item)
+
+
+def check_mean_over_ranks(*setup: Any) -> None:
+    case = Case(*setup)
+    for seed in range(3):
+        case.backward(seed, reduce=True)
+        case.check_gradients()
+        case.clear()
+
+
+def check_window(*setup: Any) -> None:
+    case = Case(*setup)
+    for seed in range(3):
+        case.backward(seed, reduce=seed == 2)
+    case.check_gradients()
+
+
+def check_reduced_twice(*setup: Any) -> None:
+    """A second backward with ``reduce`` in one window adds to the gradients of the first."""
+    case = Case(*setup)
+    for seed, reduce in enumerate((True, True, False, True)):
+        case.backward(seed, reduce=reduce)
+    case.check_gradients()
+
+
+def check_unused(*setup: Any) -> None:
+    case = Case(*setup)
+    uses: list[list[dict[int, str]]] = [
+        [{1: "a"}],  # unused on one rank
+        [{0: "a", 1: "a"}],  # on all
+        [{0: "a", 1: "b"}],
+        [{0: "b", 1: "b"}, {0: "a", 1: "a"}],  # in one micro-batch of a window
+        [{0: "b", 1: "a"}, {0: "a", 1: "a"}],
+        [{}],
+    ]
+    for window in uses:
+        for seed, branches in enumerate(window):
+            case.backward(seed, reduce=seed == len(window) - 1, branches=branches)
+        case.check_gradients()
+        case.clear()
+
+
+def check_cleared(*setup: Any) -> None:
+    case = Case(*setup)
+    assert list(case.partition.gradient_pieces()) == []
+    case.backward(0, reduce=False)
+    case.clear()
+    assert list(case.partition.gradient_pieces()) == [], "a window that was given up"
+    case.backward(1, reduce=True)
+    case.partition.reduce()
+    case.clear()
+    assert list(case.partition.gradient_pieces()) == [], "a boundary"
+    case.backward(2, reduce=True)
+    case.check_gradients()
+
+
+def check_gradient_pieces(*setup: Any) -> None:
+    case = Case(*setup)
+    case.backward(0, reduce=False, branches={0: "a"})
+    case.backward(1, reduce=False, branches={0: "a"})
+    kept = []
+    for piece in case.partition.gradient_pieces():
+        assert (piece.of.kind, piece.of.rank, piece.writer) == (GRADIENT, case.rank, case.rank)
+        kept.append(Piece(piece.of, piece.chunk, piece.data.detach().clone(), piece.writer))
+    assert kept
+    case.partition.clear_gradients()
+    case.partition.restore_gradients(kept)
+    again = {(piece.of, piece.chunk): piece.data for piece in case.partition.gradient_pieces()}
+    assert again.keys() == {(piece.of, piece.chunk) for piece in kept}
+    assert all(torch.equal(again[piece.of, piece.chunk], piece.data) for piece in kept)
+    case.backward(2, reduce=True)
+    case.check_gradients()
+
+
+def check_step(*setup: Any) -> None:
+    case = Case(*setup)
+    optimizer = torch.optim.SGD(case.partition.optimizer_groups())
+    plain = torch.optim.SGD(case.reference.parameters(), lr=LR)
+    for step in range(3):
+        for seed in (2 * step, 2 * step + 1):
+            case.backward(seed, reduce=seed % 2 == 1, branches={1: "a"})
+        case.check_gradients()
+        optimizer.step()
+        case.partition.publish()
+        plain.step()
+        case.clear()
+        mine, theirs = (case._loss(model, 50, case.rank, "ab") for model in (case.model, case.reference))
+        close(mine.detach(), theirs.detach(), "loss after the step")
+
+
+def check_abort(*setup: Any) -> None:
+    case = Case(*setup)
+    case.backward(0, reduce=False)
+    loss = _Broken.apply(case.loss(1))  # type: ignore[no-untyped-call]
+    case.partition.begin_backward(reduce=True)
+    with pytest.raises(ZeroDivisionError):
+        loss.backward()
+    case.partition.abort_backward()
+    case.clear()
+    case.backward(2, reduce=True)
+    case.check_gradients()
+
+
+def check_coverage(*setup: Any) -> None:
+    """Over the ranks, the chunks they write hold every element of every stored tensor exactly once."""
+    case = Case(*setup)
+    mine = [(p.of, p.chunk, p.writer) for p in case.partition.pieces()]
+    assert all(p.data.numel() == p.chunk.length for p in case.partition.pieces())
+    everyone: list[list[tuple[LogicalTensor, Chunk, int]]] = [[] for _ in range(case.world_size)]
+    torch.distributed.all_gather_object(everyone, mine)
+    expected = {(name, WEIGHT): tuple(param.shape) for name, param in case.reference.named_parameters()}
+    expected["count", BUFFER] = (2,)
+    counts = {key: torch.zeros(shape, dtype=torch.int64) for key, shape in expected.items()}
+    seen = set()
+    for rank, rows in enumerate(everyone):
+        for of, chunk, writer in rows:
+            if of.kind not in (WEIGHT, BUFFER):
+                continue
+            seen.add((of.name, of.kind))
+            assert of.shape == expected[of.name, of.kind]
+            if writer == rank:
+                _mark(counts[of.name, of.kind], chunk)
+    assert seen == set(expected)
+    for key, count in counts.items():
+        assert torch.equal(count, torch.ones_like(count)), f"{key}: {count}"
+
+
+def check_loading(*setup: Any) -> None:
+    """What is written into ``pieces`` is what the model and the optimizer have after ``after_load``."""
+    case = Case(*setup)
+    generator = torch.Generator().manual_seed(9)
+    new = {name: torch.randn(param.shape, generator=generator) for name, param in case.reference.named_parameters()}
+    with torch.no_grad():
+        for piece in case.partition.pieces():
+            if piece.of.kind != BUFFER:
+                piece.data.copy_(part_of(new[piece.of.name], piece.chunk).view_as(piece.data))
+        for name, param in case.reference.named_parameters():
+            param.copy_(new[name])
+    case.partition.after_load()
+    close(case._loss(case.model, 1, 0, "ab").detach(), case._loss(case.reference, 1, 0, "ab").detach(), "loss")
+    for tensor, piece in case.tensors():
+        close(tensor.detach().reshape(-1), part_of(new[piece.of.name], piece.chunk), piece.of.name)
+    case.backward(2, reduce=True)
+    case.check_gradients()
+
+
+def check_two_partitions(*setup: Any) -> None:
+    """Two engines in one process do not touch each other."""
+    one, two = Case(*setup), Case(*setup)
+    one.backward(0, reduce=False)
+    two.backward(7, reduce=True, branches={0: "a"})
+    one.backward(1, reduce=True)
+    two.check_gradients()
+    two.partition.destroy()
+    one.check_gradients()
+
+
+def check_destroy(*setup: Any) -> None:
+    case = Case(*setup)
+    case.backward(0, reduce=True)
+    case.partition.reduce()
+    case.partition.destroy()
+    assert _count_hooks(case.model) == case.hooks_before
+    case.partition.destroy()
+
+
+CHECKS: tuple[Callable[..., None], ...] = (
+    check_groups,
+    check_mean_over_ranks,
+    check_window,
+    check_reduced_twice,
+    check_unused,
+    check_cleared,
+    check_gradient_pieces,
+    check_step,
+    check_abort,
+    check_coverage,
+    check_loading,
+    check_two_partitions,
+    check_destroy,
+)
+
+
+class _Broken(torch.autograd.Function):
+    """Fails in backward, after nothing but the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise ZeroDivisionError("in backward")
+
+
+def _mark(count: Tensor, chunk: Chunk) -> None:
+    for span in chunk.spans():
+        count[tuple(slice(s, s + n) for s, n in zip(span.box.start, span.box.size, strict=True))] += 1
+
+
+def _count_hooks(model: nn.Module) -> int:
+    of_modules = sum(
+        len(hooks)
+        for module in model.modules()
+        for name, hooks in vars(module).items()
+        if name.endswith("_hooks") and hooks is not None
+    )
+    of_tensors = sum(
+        len(hooks or ())
+        for param in model.parameters()
+        for hooks in (param._backward_hooks, getattr(param, "_post_accumulate_grad_hooks", None))
+    )
+    return of_modules + of_tensors
