@@ -1,0 +1,1 @@
+"""Where training events are written: the built-in plugins of the seam ``monitor``."""
