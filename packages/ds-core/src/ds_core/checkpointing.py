@@ -1,0 +1,76 @@
+"""Activation checkpointing under DeepSpeed's names: ``ds_core.checkpointing.checkpoint(function, *args)``.
+
+ds-core has recomputation. The further names (``configure``, ``get_cuda_rng_tracker``, ...) are ds-activation's and
+appear here once it is installed.
+
+>>> import torch
+>>> from ds_core import checkpointing
+>>> x = torch.ones(2, requires_grad=True)
+>>> checkpointing.checkpoint(torch.exp, x).sum().backward()
+>>> x.grad
+tensor([2.7183, 2.7183])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ds_core import registry
+from ds_core.errors import MissingPackageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["checkpoint"]
+
+_PACKAGE = "ds-activation"
+_MODULE = "ds_activation"
+
+_THEIRS = frozenset(
+    {
+        "CheckpointFunction",
+        "CudaRNGStatesTracker",
+        "configure",
+        "detach_variable",
+        "extract_tensors",
+        "gather_partitioned_activations",
+        "get_cuda_rng_tracker",
+        "get_partition_size",
+        "get_partition_start",
+        "is_activation_to_checkpoint",
+        "is_configured",
+        "merge_tensors",
+        "model_parallel_cuda_manual_seed",
+        "model_parallel_reconfigure_tp_seed",
+        "non_reentrant_checkpoint",
+        "partition_activations",
+        "partition_activations_in_checkpoint",
+        "reset",
+        "set_num_layers",
+    }
+)
+"""Names of DeepSpeed's module that ds-activation brings."""
+
+
+def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return ``function(*args, **kwargs)``, its inner activations computed again in backward.
+
+    Done by ds-activation where it is installed, as ``configure`` has set it up, else by torch.
+    """
+    name = "deepspeed" if "deepspeed" in registry.names("activation") else "torch"
+    return registry.load("activation", name)().checkpoint(function, *args, **kwargs)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _THEIRS:
+        raise AttributeError(f"module 'ds_core.checkpointing' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(_MODULE)
+    except ModuleNotFoundError as error:
+        if error.name != _MODULE:
+            raise  # it is installed, and misses something itself
+        raise MissingPackageError(
+            f"ds_core.checkpointing.{name} needs {_PACKAGE}: pip install {_PACKAGE}", fix=f"pip install {_PACKAGE}"
+        ) from error
+    return getattr(module, name)
