@@ -1,4 +1,4 @@
-"""Torch's recomputation behind the seam."""
+"""Torch's recomputation behind the seam; what every implementation promises is in the contract beside this file."""
 
 from __future__ import annotations
 
@@ -8,18 +8,11 @@ import pytest
 import torch
 
 from ds_core.activation.torch_checkpoint import TorchActivation
-from ds_core.testing.activation import ActivationContract
 
 
 @pytest.fixture
 def activation() -> TorchActivation:
     return TorchActivation()
-
-
-class TestTorchActivation(ActivationContract):
-    @pytest.fixture
-    def activation(self) -> TorchActivation:
-        return TorchActivation()
 
 
 def test_the_function_runs_again_in_backward(activation: TorchActivation) -> None:

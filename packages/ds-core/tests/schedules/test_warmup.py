@@ -13,7 +13,6 @@ import torch
 from ds_core import log
 from ds_core.errors import ConfigError
 from ds_core.schedules import NotSteppedError, WarmupCosineLR, WarmupDecayLR, WarmupLR
-from ds_core.testing.scheduler import SchedulerContract
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -281,39 +280,3 @@ def test_updates_lost_in_a_short_warmup_are_said_once(caplog: pytest.LogCaptureF
     WarmupCosineLR(_optimizer(1.0), 100, warmup_min_ratio=0.1, warmup_num_steps=5)
     WarmupLR(_optimizer(1.0), warmup_num_steps=5, last_batch_iteration=7)
     assert caplog.messages == []
-
-
-class _WarmupContract(SchedulerContract):
-    @pytest.fixture
-    def bad_params(self) -> dict[str, Any]:
-        return {"warmup_num_steps": 0, "warmup_type": "cosine"}
-
-
-class TestWarmupLR(_WarmupContract):
-    @pytest.fixture
-    def factory(self) -> type[WarmupLR]:
-        return WarmupLR
-
-    @pytest.fixture
-    def params(self) -> dict[str, Any]:
-        return {"warmup_num_steps": 6, "warmup_min_lr": 0.01}
-
-
-class TestWarmupDecayLR(_WarmupContract):
-    @pytest.fixture
-    def factory(self) -> type[WarmupDecayLR]:
-        return WarmupDecayLR
-
-    @pytest.fixture
-    def params(self) -> dict[str, Any]:
-        return {"warmup_num_steps": 4, "total_num_steps": 10, "warmup_max_lr": 0.1}
-
-
-class TestWarmupCosineLR(_WarmupContract):
-    @pytest.fixture
-    def factory(self) -> type[WarmupCosineLR]:
-        return WarmupCosineLR
-
-    @pytest.fixture
-    def params(self) -> dict[str, Any]:
-        return {"warmup_num_steps": 4, "total_num_steps": 10}
