@@ -51,6 +51,8 @@ def save(
 ) -> None:
     """Save weights, buffers, optimizer, schedule, scaler, counters, data position, random generators, client state.
 
+    Buffers are rank 0's: where ranks have different ones, such as their own batch statistics, the others' are lost.
+
     Collective. Inside an accumulation window the gradients so far are saved too; such a checkpoint goes on only in a
     job of the same world size.
 

@@ -101,7 +101,7 @@ class Partition(ABC):
 
     @abstractmethod
     def reduce(self) -> SquaredNorm:
-        """Wait for what is still under way; afterwards the optimizer's tensors have their reduced gradient in ``.grad``.
+        """Wait for what is under way; afterwards the optimizer's tensors have their reduced gradient in ``.grad``.
 
         A parameter that no rank used has ``.grad`` None.
         """

@@ -176,7 +176,9 @@ def _stored_tensors(module: nn.Module, world_size: int) -> Iterable[Piece]:
     }
     found += [(name, BUFFER, buffer) for name, buffer in module.named_buffers() if name not in transient]
     writers = assign_writers([tensor.nbytes for _, _, tensor in found], world_size)
-    for (name, kind, tensor), writer in zip(found, writers, strict=True):
+    for (name, kind, tensor), some_rank in zip(found, writers, strict=True):
+        # Ranks may have different buffers (each its own batch statistics): those of one rank belong together.
+        writer = 0 if kind == BUFFER else some_rank
         shape = tuple(tensor.shape)
         yield Piece(LogicalTensor(name, kind, shape, _dtype_name(tensor)), Chunk.whole(shape), tensor, writer)
 
