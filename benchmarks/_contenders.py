@@ -100,6 +100,10 @@ class PlainLoop(Contender):
         self._optimizer = torch.optim.AdamW(self._parameters, **recipe.adamw, fused=True)
         self._steps = 0
 
+    @property
+    def parameter_bytes(self) -> int:
+        return sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
+
     def _micro_step(self, inputs: Tensor, targets: Tensor, *, is_last: bool) -> Tensor:
         loss: Tensor = self._module(inputs, targets)
         self._backward(loss)
@@ -107,7 +111,7 @@ class PlainLoop(Contender):
 
     def _backward(self, loss: Tensor) -> None:
         accumulation = self.recipe.accumulation
-        (loss / accumulation if accumulation > 1 else loss).backward()  # type: ignore[no-untyped-call]
+        (loss / accumulation if accumulation > 1 else loss).backward()
 
     def _update(self) -> None:
         torch.nn.utils.clip_grad_norm_(self._parameters, self.recipe.clipping)

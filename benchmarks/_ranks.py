@@ -22,7 +22,7 @@ from torch.multiprocessing.spawn import start_processes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["CPU_RANKS", "Ranks", "default_ranks", "launch", "usable_cores"]
+__all__ = ["CPU_RANKS", "Ranks", "default_ranks", "launch", "launcher_ranks", "threads_per_rank", "usable_cores"]
 
 CPU_RANKS = 2
 TIMEOUT_S = 3600.0
@@ -62,6 +62,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads_per_rank(ranks: int) -> int:
+    """Return an equal share of the cores; more threads than cores would time the operating system's scheduler."""
+    return max(1, usable_cores() // ranks)
+
+
+def launcher_ranks() -> int | None:
+    """Return how many ranks a launcher started, or None where the script starts its own."""
+    return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else None
+
+
 def default_ranks() -> int:
     """Return the number of ranks of a run for which none was asked: one per GPU, else ``CPU_RANKS``."""
     return torch.cuda.device_count() or CPU_RANKS
@@ -84,15 +94,16 @@ def launch(worker: Callable[[Ranks, Any], Any], case: Any, *, ranks: int, thread
         torch.multiprocessing.ProcessException: a rank raised; the message holds its traceback.
         TimeoutError: the ranks did not end within an hour. They are killed.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    launched = launcher_ranks()
+    if launched is not None:
         rank = int(os.environ["RANK"])
         # The group stays for the cases still to come; it ends with the process.
-        answer = _as_rank(worker, case, rank, int(os.environ["WORLD_SIZE"]), threads, "env://")
+        answer = _as_rank(worker, case, rank, launched, threads, "env://")
         return answer if rank == 0 else None
     if torch.cuda.is_available() and ranks > torch.cuda.device_count():
         raise SystemExit(f"{ranks} ranks asked for, {torch.cuda.device_count()} GPUs found: pass a smaller --ranks")
     with tempfile.TemporaryDirectory() as folder:
-        context = start_processes(  # type: ignore[no-untyped-call]
+        context = start_processes(
             _spawned,
             args=(worker, case, ranks, threads, folder),
             nprocs=ranks,
@@ -130,8 +141,7 @@ def _as_rank(
     threads: int | None,
     init_method: str,
 ) -> Any:
-    # The ranks of a machine share its cores; more threads than cores would time the operating system's scheduler.
-    torch.set_num_threads(threads or max(1, usable_cores() // world_size))
+    torch.set_num_threads(threads or threads_per_rank(world_size))
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:

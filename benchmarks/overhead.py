@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ import torch
 from _contenders import Contender, DdpLoop, DsCore, PlainLoop, Recipe, largest_difference
 from _models import Mlp
 from _pairs import MIN_PAIRS, Bar, PairTimes, time_pairs
-from _ranks import Ranks, default_ranks, launch
+from _ranks import Ranks, default_ranks, launch, launcher_ranks
 from _report import Row, add_output_arguments, difference_row, finish
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Case:
     micro_steps: int
     """Per turn; a multiple of the accumulation is run."""
     self_check: bool
+    cpu_time: bool
 
     @property
     def steps(self) -> int:
@@ -82,6 +84,7 @@ def time_worker(ranks: Ranks, case: Case) -> dict[str, Any]:
         pairs=case.pairs,
         warmup=case.warmup,
         ranks=ranks,
+        clock=time.process_time if case.cpu_time else time.perf_counter,
     )
     difference = ranks.slowest(largest_difference(ours, peer, first=COMPARED_LOSSES))
     ours.close()
@@ -145,6 +148,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="short turns: shows that the script runs, not how fast")
     parser.add_argument("--self-check", action="store_true", help="the peer in our place: differences should be near 0")
     parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count CPU time of the process: for a busy machine; the bar speaks of wall time",
+    )
+    parser.add_argument(
         "--profile", action="store_true", help="print where our time goes on one rank, and nothing else"
     )
     add_output_arguments(parser)
@@ -155,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     micro_steps = 20 if arguments.smoke else arguments.micro_steps
     cases = [
-        Case(accumulation, arguments.pairs, arguments.warmup, micro_steps, arguments.self_check)
+        Case(accumulation, arguments.pairs, arguments.warmup, micro_steps, arguments.self_check, arguments.cpu_time)
         for accumulation in arguments.accumulation
     ]
     if arguments.profile:
@@ -164,12 +172,19 @@ def main(argv: list[str] | None = None) -> int:
             if table is not None:
                 print(f"accumulation {case.accumulation}, {case.steps * case.accumulation} micro-steps\n{table}")
         return 0
-    worlds = arguments.ranks or sorted({1, default_ranks()})
+    launched = launcher_ranks()
+    worlds = [launched] if launched else arguments.ranks or sorted({1, default_ranks()})
     rows = [overhead_row(case, ranks) for ranks in worlds for case in cases]
     found = [row for row in rows if row]
     if not found:  # not rank 0 of a launcher
         return 0
-    settings = {"ranks": worlds, "threads": 1, "micro_steps_per_turn": micro_steps, "self_check": arguments.self_check}
+    settings = {
+        "ranks": worlds,
+        "threads_per_rank": 1,
+        "micro_steps_per_turn": micro_steps,
+        "self_check": arguments.self_check,
+        "cpu_time": arguments.cpu_time,
+    }
     return finish("engine overhead over a hand-written loop", found, settings, arguments)
 
 

@@ -25,6 +25,7 @@ sys.path.append(
 from _contenders import Contender, DdpLoop, PlainLoop, Recipe, largest_difference  # noqa: E402
 from _models import GPT_SIZES, Gpt, Mlp, byte_batches  # noqa: E402
 from _pairs import Bar, Interval, PairTimes, median_interval, time_pairs  # noqa: E402
+from _ranks import launcher_ranks, threads_per_rank, usable_cores  # noqa: E402
 from _report import difference_row, exact_ratio_row, finish, limit_row, machine_facts, ratio_row  # noqa: E402
 
 no_deadline = settings(deadline=None)  # a busy machine is no failure
@@ -385,6 +386,25 @@ def test_losses_that_differ_are_noticed() -> None:
 def test_every_loop_is_a_contender() -> None:
     assert issubclass(PlainLoop, Contender)
     assert issubclass(DdpLoop, Contender)
+
+
+# --- the ranks
+
+
+def test_a_launcher_says_how_many_ranks_there_are(monkeypatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert launcher_ranks() is None
+    monkeypatch.setenv("RANK", "0")
+    assert launcher_ranks() == 3
+
+
+@no_deadline
+@given(st.integers(1, 1000))
+def test_ranks_never_have_more_threads_than_there_are_cores(ranks: int) -> None:
+    threads = threads_per_rank(ranks)
+    assert threads >= 1
+    assert threads == 1 or threads * ranks <= usable_cores()
 
 
 # --- the scripts
