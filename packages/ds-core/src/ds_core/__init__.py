@@ -42,6 +42,7 @@ _MODULES = (
     "errors",
     "interfaces",
     "monitor",
+    "ops",
     "optim",
     "registry",
     "schedules",

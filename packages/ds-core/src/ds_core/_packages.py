@@ -39,7 +39,6 @@ PACKAGE_OF_ATTRIBUTE: dict[str, tuple[str, str]] = {
     "pipe": ("ds-pipe", "ds_pipe"),
     "PipelineModule": ("ds-pipe", "ds_pipe"),
     "PipelineEngine": ("ds-pipe", "ds_pipe"),
-    "ops": ("ds-kernels", "ds_kernels.ops"),
     "DeepSpeedTransformerLayer": ("ds-kernels", "ds_kernels"),
     "DeepSpeedTransformerConfig": ("ds-kernels", "ds_kernels"),
     "init_inference": ("ds-inference", "ds_inference"),

@@ -154,11 +154,12 @@ def save_in_a_window(folder: Path) -> None:
 def test_a_checkpoint_inside_a_window_says_what_it_needs(tmp_path):
     run_ranks([partial(save_in_a_window, tmp_path)], 2)
     [messages] = run_ranks([partial(load_in_a_window, tmp_path)], 1)
-    assert messages == [
+    message = (
         "checkpoint was saved inside an accumulation window by 2 ranks at stage 0, this job has 1 ranks at stage 0\n"
         "  where: load_checkpoint\n"
         "  fix: load it with 2 ranks at stage 0, or save at a step boundary"
-    ]
+    )
+    assert messages == [message]
 
 
 def change_accumulation(folder: Path) -> tuple[int, int]:

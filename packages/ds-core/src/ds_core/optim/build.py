@@ -59,12 +59,6 @@ def build_optimizer(
     """
     factory = find_optimizer(type_name)
     where = "optimizer.params"
-    if "max_grad_norm" in params:
-        raise ConfigError(
-            "max_grad_norm is not a parameter of the optimizer",
-            where=f"{where}.max_grad_norm",
-            fix=f'write "gradient_clipping": {params["max_grad_norm"]} at the top level',
-        )
     options = dict(params)
     known = inspect.signature(factory).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())

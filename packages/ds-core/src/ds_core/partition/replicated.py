@@ -49,6 +49,7 @@ class ReplicatedPartition(Partition):
             inputs.module.to(inputs.plan.stored)
         self._rank = dist.get_rank(inputs.group)
         self._world_size = dist.get_world_size(inputs.group)
+        self._sum_of_squares = best("sum_of_squares", inputs.device).implementation
         self._params = [param for group in inputs.param_groups for param in group["params"]]
         self._outside = _trainable_but_not_optimized(inputs.module, self._params)
         self._gradients: GradientWindow
@@ -95,8 +96,7 @@ class ReplicatedPartition(Partition):
 
     def reduce(self) -> SquaredNorm:
         self._gradients.wait()
-        sum_of_squares = best("sum_of_squares", self.inputs.device).implementation
-        return SquaredNorm(sum_of_squares(self._gradients.flats()))
+        return SquaredNorm(self._sum_of_squares(self._gradients.flats()))
 
     def publish(self) -> None:
         """The optimizer updated the model's own parameters: there is nothing to bring anywhere."""

@@ -7,9 +7,9 @@ Note: the bound
     Both sides add the same numbers in another order. A gradient here is a sum of at most 2**7 products, so orders
     differ by at most 2**7 * 2**-24 = 2**-17 of the largest partial sum, which is of the size of the tensor's largest
     gradient (at least of 1, the size of what is backpropagated). Measured are 2**-25: rounding errors mostly cancel,
-    and that leaves room for the layers below each other. A step moves a weight by at most lr times the gradient's error with SGD, and lr / eps times it with
-    Adam, whose update has slope at most 1 / eps; ``ADAM_EPS`` is large so that this stays small. Over the few steps of
-    a case errors add up. A halved or doubled share of one rank is larger than this by orders of magnitude.
+    which leaves room for layers below each other. A step moves a weight by at most lr times the gradient's error with
+    SGD, and lr / eps times it with Adam, whose update has slope at most 1 / eps; ``ADAM_EPS`` is large so that this
+    stays small. Over the few steps of a case errors add up. A halved or doubled share of one rank is larger than this by orders of magnitude.
 """
 
 from __future__ import annotations
@@ -108,12 +108,8 @@ class OddModel(nn.Module):
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         if hasattr(self, "nothing"):
             loss = loss + self.nothing.sum()
-        return {
-            "tensor": lambda: loss,
-            "tuple": lambda: (loss, logits),
-            "dict": lambda: {"loss": loss, "logits": logits},
-            "dataclass": lambda: Output(loss, logits),
-        }[self.output]()
+        forms = {"tuple": (loss, logits), "dict": {"loss": loss, "logits": logits}, "dataclass": Output(loss, logits)}
+        return forms.get(self.output, loss)
 
 
 def build_model(case: Case) -> nn.Module:
@@ -175,7 +171,7 @@ def reference(case: Case, world_size: int, rank: int = 0) -> Trace:
         losses = []
         for micro, r in product(range(case.accumulation), range(world_size)):
             loss = loss_of(model(*micro_batch(step, micro, r)))
-            (loss / (case.accumulation * world_size)).backward()  # type: ignore[no-untyped-call]
+            (loss / (case.accumulation * world_size)).backward()
             if r == rank:
                 losses.append(loss.item())
         trace.losses.append(losses)
