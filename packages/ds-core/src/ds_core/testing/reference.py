@@ -9,7 +9,8 @@ Note: the bound
     gradient (at least of 1, the size of what is backpropagated). Measured are 2**-25: rounding errors mostly cancel,
     which leaves room for layers below each other. A step moves a weight by at most lr times the gradient's error with
     SGD, and lr / eps times it with Adam, whose update has slope at most 1 / eps; ``ADAM_EPS`` is large so that this
-    stays small. Over the few steps of a case errors add up. A halved or doubled share of one rank is larger than this by orders of magnitude.
+    stays small. Over the few steps of a case errors add up. A halved or doubled share of one rank is larger than this
+    by orders of magnitude.
 """
 
 from __future__ import annotations
