@@ -156,7 +156,7 @@ def _prefix(script: str, *, module: bool, no_python: bool) -> list[str]:
     path = Path(script)
     if not (path.is_file() or (path / "__main__.py").is_file()):
         raise LaunchError(
-            f"script {script!r} does not exist" if not path.exists() else f"{script!r} is no Python script",
+            f"script {script!r} " + ("has no __main__.py" if path.is_dir() else "does not exist"),
             where=str(Path.cwd()),
             fix="check the path; flags of `ds run` come before the script, the script's own after it",
         )

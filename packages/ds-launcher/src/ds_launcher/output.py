@@ -132,7 +132,9 @@ class Sink:
 
     def flush(self) -> None:
         """Called when the descriptor is writable."""
-        written = self._write(bytes(self._pending[:PIPE_BUF]), once=True)
+        # Whole lines where possible: rank 0 writes to the same terminal, and a pipe takes this much in one piece.
+        end = self._pending.rfind(b"\n", 0, PIPE_BUF) + 1
+        written = self._write(bytes(self._pending[: end or PIPE_BUF]), once=True)
         del self._pending[:written]
         if self._is_broken:
             self._pending.clear()
