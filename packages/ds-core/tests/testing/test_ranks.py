@@ -173,10 +173,14 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_ranks_end_with_their_caller(tmp_path, sent):
-    script, pids = tmp_path / "script.py", tmp_path / "pids"
+    script, pids, temporary = tmp_path / "script.py", tmp_path / "pids", tmp_path / "temporary"
     script.write_text(SCRIPT)
+    temporary.mkdir()
     caller = subprocess.Popen(
-        [sys.executable, str(script)], env={**os.environ, "PIDS": str(pids)}, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(script)],
+        env={**os.environ, "PIDS": str(pids), "TMPDIR": str(temporary)},
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         wait_for(lambda: pids.exists() and len(pids.read_text().splitlines()) == 2)
@@ -189,6 +193,7 @@ def test_ranks_end_with_their_caller(tmp_path, sent):
     assert ("KeyboardInterrupt" in errors) == (sent == signal.SIGINT)
     for pid in map(int, pids.read_text().split()):
         wait_for(lambda pid=pid: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    assert list(temporary.iterdir()) == []
 
 
 def wait_for(condition):

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -37,7 +38,7 @@ def main(folder_name: str, rank: int) -> None:
     # Functions must not take this rank's arguments for their own.
     del sys.argv[1:]
     job = json.loads((folder / "job.json").read_text())
-    threading.Thread(target=_end_with_caller, daemon=True).start()
+    threading.Thread(target=_end_with_caller, args=(folder,), daemon=True).start()
     stack = (folder / f"stack.{rank}").open("w")
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
     world_size: int = job["world_size"]
@@ -65,10 +66,12 @@ def main(folder_name: str, rank: int) -> None:
         signal.pause()
 
 
-def _end_with_caller() -> None:
+def _end_with_caller(folder: Path) -> None:
     # The pipe closes when the caller is gone, however it went; the process group is this rank and its children.
     while os.read(0, 1):
         pass
+    # A caller that ended in order has killed this rank before closing the pipe, and removes the folder itself.
+    shutil.rmtree(folder, ignore_errors=True)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
