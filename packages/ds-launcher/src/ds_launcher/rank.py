@@ -51,6 +51,7 @@ def rank_command(spec: AgentSpec, local_rank: int) -> list[str]:
     """Return the program and arguments of one rank.
 
     >>> from ds_launcher.spec import AgentSpec
+    >>> from ds_launcher.spec import AgentSpec
     >>> spec = AgentSpec(["python", "a.py", "-x"], "id", nproc=2, world_size=2, local_rank_at=2)
     >>> rank_command(spec, 1)
     ['python', 'a.py', '--local_rank=1', '-x']
