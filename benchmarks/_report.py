@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _pairs import Bar, Interval, PairTimes, median_interval
+from _pairs import CONFIDENCE, Bar, Interval, PairTimes, median_interval
 
 if TYPE_CHECKING:
     import argparse
@@ -22,6 +22,7 @@ __all__ = [
     "difference_row",
     "exact_ratio_row",
     "finish",
+    "interval_text",
     "limit_row",
     "machine_facts",
     "ratio_row",
@@ -158,11 +159,20 @@ def _print_table(title: str, rows: Sequence[Row], machine: Mapping[str, Any]) ->
                 f"{row.peer.median:.4g} {row.unit}" if row.peer else "",
                 f"{row.result.median:.4g} {row.result_unit}",
             ]
-        interval = f"{row.result.lower:.4g} .. {row.result.upper:.4g}" if row.result.count > 1 else "exact"
         bar = f"{row.bar.limit:g} {row.result_unit}" if row.bar else ""
-        table.add_row(*cells, interval, str(row.result.count), bar, _verdict(row))
+        table.add_row(*cells, interval_text(row.result), str(row.result.count), bar, _verdict(row))
     # A pipe has no width of its own; 80 columns would fold every cell.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
+def interval_text(found: Interval) -> str:
+    """Return an interval for people, with its confidence where that is not what the column's title says."""
+    if found.confidence == 1.0:
+        return "exact"
+    if found.count == 1:
+        return "one sample"
+    reached = "" if found.confidence == CONFIDENCE else f" ({found.confidence:.0%})"
+    return f"{found.lower:.4g} .. {found.upper:.4g}{reached}"
 
 
 def _verdict(row: Row) -> str:

@@ -26,7 +26,7 @@ from _contenders import Contender, DdpLoop, PlainLoop, Recipe, largest_differenc
 from _models import GPT_SIZES, Gpt, Mlp, byte_batches  # noqa: E402
 from _pairs import Bar, Interval, PairTimes, median_interval, time_pairs  # noqa: E402
 from _ranks import launcher_ranks, threads_per_rank, usable_cores  # noqa: E402
-from _report import difference_row, exact_ratio_row, finish, limit_row, machine_facts, ratio_row  # noqa: E402
+from _report import difference_row, exact_ratio_row, finish, interval_text, limit_row, machine_facts, ratio_row  # noqa: E402
 
 no_deadline = settings(deadline=None)  # a busy machine is no failure
 SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("[!_]*.py"))
@@ -254,6 +254,19 @@ def test_rows_say_what_the_bar_speaks_of() -> None:
     assert limit_row("l", [49.0, 50.0, 51.0], 50.0, unit="ms").met is True
     assert limit_row("l", [49.0, 50.1, 51.0], 50.0, unit="ms").met is False
     assert limit_row("l", [1.0], None, unit="ms").met is None
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (Interval.exact(3.0), "exact"),
+        (median_interval([1.0]), "one sample"),
+        (median_interval([1.0, 2.0, 3.0]), "1 .. 3 (75%)"),
+        (Interval(2.0, 1.25, 3.5, 0.9, 15), "1.25 .. 3.5"),
+    ],
+)
+def test_the_table_says_how_sure_an_interval_is(found: Interval, text: str) -> None:
+    assert interval_text(found) == text
 
 
 MET = limit_row("met", [1.0], 2.0, unit="s")
