@@ -14,6 +14,7 @@ from typing import Annotated, Optional
 import typer
 
 from ds_core.errors import LaunchError
+from ds_launcher.spec import GRACE_S
 
 __all__ = ["app"]
 
@@ -80,7 +81,7 @@ def run(
     ] = False,
     grace: Annotated[
         float, typer.Option("--grace", min=0.0, metavar="S", help="Seconds between SIGTERM and SIGKILL.")
-    ] = 8.0,
+    ] = GRACE_S,
     log_dir: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(

@@ -18,15 +18,13 @@ from typing import TYPE_CHECKING
 from ds_core.errors import LaunchError
 from ds_core.interfaces.runner import Job, Runner
 from ds_launcher import failure, processes, resources
-from ds_launcher.spec import AgentReport, AgentSpec, encode
+from ds_launcher.spec import GRACE_S, AgentReport, AgentSpec, encode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["GRACE_S", "LocalRunner"]
+__all__ = ["LocalRunner"]
 
-GRACE_S = 8.0
-"""Seconds a rank gets between SIGTERM and SIGKILL; below 10, within which a job must be gone."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if hasattr(signal, "SIGHUP") else ()
 
 # Isolated, so that neither the current folder nor PYTHON* variables can shadow what the agent imports; the folders of

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 
-__all__ = ["AgentReport", "AgentSpec", "RankFailure", "encode"]
+__all__ = ["GRACE_S", "AgentReport", "AgentSpec", "RankFailure", "encode"]
+
+GRACE_S = 8.0
+"""Default seconds between asking processes to end and killing them; below 10, within which a job must be gone."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class AgentSpec:
     master_port: int = 29500
     env: dict[str, str] = field(default_factory=dict)
     """Set for every rank, over the agent's own environment and below the variables that name the rank."""
-    grace_s: float = 8.0
+    grace_s: float = GRACE_S
     """Seconds between asking processes to end and killing them."""
     local_rank_at: int | None = None
     """Where in ``command`` to insert ``--local_rank=K``; None: nowhere."""
