@@ -156,6 +156,7 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
         ),
         names=names,
         group=group,
+        world_size=comm.get_world_size(group),
         observers=_observers(config, choice),
     )
     engine = DeepSpeedEngine(module, parts, config, device=device)

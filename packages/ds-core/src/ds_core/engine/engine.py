@@ -18,16 +18,19 @@ if TYPE_CHECKING:
     from ds_core.config import Config
     from ds_core.data import DeepSpeedDataLoader
 
-__all__ = ["Counters", "DeepSpeedEngine"]
+__all__ = ["DeepSpeedEngine", "Progress"]
 
 
 @dataclass
-class Counters:
-    """What a step counts. Saved in checkpoints."""
+class Progress:
+    """How far training is, and how its last step ended. (Apart from the module: it sets attributes slowly.)"""
 
     global_steps: int = 0
     global_samples: int = 0
     skipped_steps: int = 0
+    outcome: Outcome = Outcome.ACCUMULATED
+    norm: float | None = None
+    """L2 norm of the last step's gradients before clipping, unscaled."""
 
 
 class DeepSpeedEngine(EngineFace):
@@ -56,10 +59,7 @@ class DeepSpeedEngine(EngineFace):
         self.device = device
         self.training_dataloader = training_dataloader
         self._config = config
-        self.counters = Counters()
-        self.outcome = Outcome.ACCUMULATED
-        """How the last ``step()`` ended."""
-        self._norm: float | None = None
+        self.progress = Progress()
         self._seeds: dict[tuple[Any, ...], Tensor] = {}
         self._destroyed = False
 
@@ -118,7 +118,7 @@ class DeepSpeedEngine(EngineFace):
         at_boundary = parts.accumulation.at_boundary
         parts.accumulation.advance()
         if not at_boundary:
-            self.outcome = Outcome.ACCUMULATED
+            self.progress.outcome = Outcome.ACCUMULATED
             return
         scale = parts.precision.scaler.scale
         norm = global_norm(parts.partition.reduce())
@@ -134,18 +134,18 @@ class DeepSpeedEngine(EngineFace):
         self._finish_step(norm / scale, skipped=skipped)
 
     def _finish_step(self, norm: float, *, skipped: bool) -> None:
-        counters = self.counters
-        self._norm = norm
-        self.outcome = Outcome.SKIPPED if skipped else Outcome.UPDATED
-        counters.skipped_steps += skipped
-        counters.global_steps += 1
-        counters.global_samples += self.train_batch_size()
+        progress = self.progress
+        progress.norm = norm
+        progress.outcome = Outcome.SKIPPED if skipped else Outcome.UPDATED
+        progress.skipped_steps += skipped
+        progress.global_steps += 1
+        progress.global_samples += self.train_batch_size()
         if self.parts.observers:
             record = StepRecord(
-                counters.global_steps,
-                counters.global_samples,
-                counters.skipped_steps,
-                self.outcome,
+                progress.global_steps,
+                progress.global_samples,
+                progress.skipped_steps,
+                progress.outcome,
                 norm,
                 self.get_lr(),
                 self.parts.precision.scaler.scale,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ds_core.config import Config
     from ds_core.data import DeepSpeedDataLoader
-    from ds_core.engine.engine import Counters
+    from ds_core.engine.engine import Progress
     from ds_core.engine.parts import Parts
     from ds_core.interfaces.scheduler import LRSchedule
 
@@ -33,12 +33,10 @@ class EngineFace(nn.Module):
     """Everything of ``DeepSpeedEngine`` that only reads or forwards."""
 
     parts: Parts
-    counters: Counters
-    outcome: Outcome
+    progress: Progress
     device: torch.device
     training_dataloader: DeepSpeedDataLoader | None
     _config: Config
-    _norm: float | None
 
     _LATER: ClassVar[dict[str, str]] = {
         "no_sync": "gradients are reduced only at the end of a window already; leave no_sync() out",
@@ -79,15 +77,15 @@ class EngineFace(nn.Module):
     @property
     def global_steps(self) -> int:
         """Optimizer steps taken, skipped ones included."""
-        return self.counters.global_steps
+        return self.progress.global_steps
 
     @property
     def global_samples(self) -> int:
-        return self.counters.global_samples
+        return self.progress.global_samples
 
     @property
     def skipped_steps(self) -> int:
-        return self.counters.skipped_steps
+        return self.progress.skipped_steps
 
     @property
     def micro_steps(self) -> int:
@@ -113,7 +111,7 @@ class EngineFace(nn.Module):
 
     @property
     def dp_world_size(self) -> int:
-        return comm.get_world_size(self.parts.group)
+        return self.parts.world_size
 
     # -- batch sizes and boundaries ---------------------------------------------------------------------------------
 
@@ -167,11 +165,11 @@ class EngineFace(nn.Module):
 
     def get_global_grad_norm(self) -> float | None:
         """Return the L2 norm of the last step's gradients before clipping, unscaled; None before the first step."""
-        return self._norm
+        return self.progress.norm
 
     def was_step_applied(self) -> bool:
         """Return whether the last ``step()`` changed the weights."""
-        return self.outcome is Outcome.UPDATED
+        return self.progress.outcome is Outcome.UPDATED
 
     def get_lr(self) -> list[float]:
         return [float(group.get("lr", 0.0)) for group in self._groups()]

@@ -153,4 +153,6 @@ class Parts:
     names: Mapping[nn.Parameter, str]
     group: Any
     """The data-parallel process group."""
+    world_size: int
+    """Ranks in ``group``."""
     observers: list[Callable[[StepRecord], None]] = field(default_factory=list)

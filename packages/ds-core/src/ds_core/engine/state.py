@@ -135,11 +135,11 @@ def _capture(engine: DeepSpeedEngine, client_state: Mapping[str, Any], exclude_f
         for piece in parts.partition.pieces()
         if not (exclude_frozen and piece.of.kind == WEIGHT and piece.of.name in frozen)
     ]
-    counters = engine.counters
+    progress = engine.progress
     state: dict[str, Any] = {
-        "global_steps": counters.global_steps,
-        "global_samples": counters.global_samples,
-        "skipped_steps": counters.skipped_steps,
+        "global_steps": progress.global_steps,
+        "global_samples": progress.global_samples,
+        "skipped_steps": progress.skipped_steps,
         "micro_steps": parts.accumulation.micro_steps,
         "stage": engine.zero_optimization_stage(),
         "precision": type(parts.precision).__name__,
@@ -224,10 +224,10 @@ def _restore(engine: DeepSpeedEngine, reader: CheckpointReader, options: LoadOpt
     if engine.training_dataloader is not None and "data" in state:
         engine.training_dataloader.load_state_dict(decode(state["data"]))
     parts.precision.scaler.load_state_dict(decode(state["scaler"]))
-    counters = engine.counters
-    counters.global_steps = state["global_steps"]
-    counters.global_samples = state["global_samples"]
-    counters.skipped_steps = state["skipped_steps"]
+    progress = engine.progress
+    progress.global_steps = state["global_steps"]
+    progress.global_samples = state["global_samples"]
+    progress.skipped_steps = state["skipped_steps"]
     window = parts.accumulation
     window.backwards = 0
     # At a boundary only the count of steps carries over: the window may have another length here.

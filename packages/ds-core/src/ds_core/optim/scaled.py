@@ -24,11 +24,12 @@ class OptimizerStep:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
+        self._step_scaled = optimizer.step_scaled if isinstance(optimizer, ScaledStep) else None
 
     @property
     def way(self) -> str:
         """How the factor is applied, for reports."""
-        if isinstance(self.optimizer, ScaledStep):
+        if self._step_scaled is not None:
             return "step_scaled"
         return "grad_scale" if self._divides_by_grad_scale() else "multiply"
 
@@ -44,8 +45,8 @@ class OptimizerStep:
         Args:
             factor: 1 / loss scale times the clipping coefficient. Gradients may be left multiplied by it, or not.
         """
-        if isinstance(self.optimizer, ScaledStep):
-            self.optimizer.step_scaled(factor)
+        if self._step_scaled is not None:
+            self._step_scaled(factor)
             return
         if factor == 1.0:
             self.optimizer.step()
