@@ -20,6 +20,7 @@ from ds_core.engine.parts import Accumulation, Clip, Parts, ScheduleStep
 from ds_core.errors import CommError, ConfigError, EngineError
 from ds_core.interfaces.engine import EngineProvider
 from ds_core.interfaces.partition import Partition, PartitionInputs
+from ds_core.log import log_dist
 from ds_core.optim.build import build_optimizer, check_steps_without_closure, find_optimizer
 from ds_core.optim.scaled import OptimizerStep
 from ds_core.schedules import build_schedule
@@ -136,6 +137,10 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
         inputs = PartitionInputs(module, groups, names, choice.precision.plan, group, device, config)
         partition = choice.partition(inputs)
         optimizer = _optimizer(arguments, partition)
+        if config.gradient_clipping > 0 and "gradient_clipping" not in config.raw:
+            log_dist(
+                f'gradients are clipped at norm {config.gradient_clipping}, the default; "gradient_clipping" sets it'
+            )
         schedule = _schedule(arguments, optimizer)
     elif arguments.lr_scheduler is not None or config.scheduler is not None:
         raise ConfigError(
@@ -154,7 +159,6 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
         checkpoint=choice.checkpoint(
             config.options("checkpoint", config.checkpoint.engine, choice.checkpoint.Config), group
         ),
-        names=names,
         group=group,
         world_size=comm.get_world_size(group),
         observers=_observers(config, choice),

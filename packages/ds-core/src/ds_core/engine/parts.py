@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ds_core.errors import EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from torch import nn
+    from collections.abc import Callable, Sequence
 
     from ds_core.interfaces.checkpoint import CheckpointEngine
     from ds_core.interfaces.partition import Partition, SquaredNorm
@@ -150,7 +148,6 @@ class Parts:
     accumulation: Accumulation
     clip: Clip
     checkpoint: CheckpointEngine
-    names: Mapping[nn.Parameter, str]
     group: Any
     """The data-parallel process group."""
     world_size: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,7 @@ def save(
     raise_together(failure, engine.parts.group)
     assert snapshot is not None
     engine.parts.checkpoint.save(directory, tag, snapshot, latest=latest)
-    log_dist(f"saved checkpoint {tag!r} in {directory}")
+    log_dist(f"saved checkpoint {tag!r} in {directory}", level=logging.DEBUG)
 
 
 def _engine_with_parts(engine: EngineFace, call: str) -> DeepSpeedEngine:
