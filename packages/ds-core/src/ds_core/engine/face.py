@@ -236,6 +236,25 @@ class EngineFace(nn.Module):
             }[parts.optimizer.way]
         if parts.partition is not None:
             found.update(parts.partition.report())
+        found.update(self._without_effect())
+        return found
+
+    def _without_effect(self) -> dict[str, str]:
+        """Return the keys the caller gave that change nothing here, each with the reason."""
+        found = {}
+        zero = self.config.get("zero_optimization")
+        if isinstance(zero, dict) and self.zero_optimization_stage() == 0:
+            found.update({f"zero_optimization.{key}": "no effect at stage 0" for key in zero if key != "stage"})
+        for section in ("fp16", "bf16", "bfloat16", "torch_autocast", "csv_monitor"):
+            given = self.config.get(section)
+            if isinstance(given, dict) and not getattr(self._config, section.replace("bfloat16", "bf16")).enabled:
+                found.update({f"{section}.{key}": "no effect: not enabled" for key in given if key != "enabled"})
+        if "zero_allow_untested_optimizer" in self.config:
+            found["zero_allow_untested_optimizer"] = "no effect: every optimizer is allowed"
+        if "zero_force_ds_cpu_optimizer" in self.config:
+            found["zero_force_ds_cpu_optimizer"] = "no effect: nothing is offloaded"
+        if "dataloader_drop_last" in self.config and self.training_dataloader is None:
+            found["dataloader_drop_last"] = "no effect: no training_data was given"
         return found
 
     # -- the module -------------------------------------------------------------------------------------------------
