@@ -5,6 +5,7 @@ The safetensors library's own writer wants every tensor in host memory at once; 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from typing import TYPE_CHECKING
@@ -51,7 +52,7 @@ def write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]], metadat
         The size of the file in bytes.
 
     Raises:
-        CheckpointError: a dtype the format does not have.
+        CheckpointError: a dtype the format does not have, or two tensors of one name.
         OSError: the disk is full, the folder is read-only, ...; the partial file is removed.
 
     Reference:
@@ -66,6 +67,8 @@ def write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]], metadat
                 where=f"tensor {name!r}",
                 fix=f"one of {', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)}",
             )
+        if name in header:
+            raise CheckpointError(f"two tensors of one file are called {name!r}", where=str(path), fix="rename one")
         end = at + tensor.nbytes
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
         at = end
@@ -85,7 +88,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 class _written_beside:  # noqa: N801  a context manager, read as a verb
-    """Open ``path.tmp``; on success sync and rename it to ``path``, on failure remove it."""
+    """Open ``path.tmp``; on success sync and rename it to ``path``, durable under that name; on failure remove it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -96,26 +99,30 @@ class _written_beside:  # noqa: N801  a context manager, read as a verb
         return self.file
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None:
+            self._discard()
+            return
         try:
-            if kind is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-        except OSError:
-            kind = OSError
-            raise
-        finally:
+            self.file.flush()
+            os.fsync(self.file.fileno())
             self.file.close()
-            if kind is not None:
-                self.beside.unlink(missing_ok=True)
-        if kind is None:
             self.beside.replace(self.path)
+        except BaseException:
+            self._discard()
+            raise
+        sync_folder(self.path.parent)
+
+    def _discard(self) -> None:
+        # Closing tries to write once more what a full disk did not take; that it fails was told already.
+        with contextlib.suppress(OSError):
+            self.file.close()
+        self.beside.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:
     """Give ``path`` the content ``text``: at any moment it has the old one or the new one whole. Durable on return."""
     with _written_beside(path) as file:
         file.write(text.encode())
-    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -90,16 +90,16 @@ class PlainCheckpoint(CheckpointEngine):
 
     def _write_own(self, folder: Path, name: str, rank: int, snapshot: Snapshot) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        mine = [piece for piece in snapshot.pieces if piece.writer == rank]
+        # A chunk without elements says nothing, unless the tensor has none at all; such a one is stored once.
+        by_key = {_key(p): p for p in snapshot.pieces if p.writer == rank and (p.chunk.length or not p.of.numel)}
         # Wide dtypes first: then every tensor starts at a multiple of its item size.
-        mine.sort(key=lambda piece: -piece.data.element_size())
-        table = [_describe(piece) for piece in mine]
+        mine = dict(sorted(by_key.items(), key=lambda item: -item[1].data.element_size()))
+        table = [_describe(piece) for piece in mine.values()]
         write_safetensors(
             folder / name,
-            [(_key(piece), piece.data) for piece in mine],
+            [(key, piece.data) for key, piece in mine.items()],
             {"pieces": json.dumps(table), "rank_state": json.dumps(dict(snapshot.rank_state))},
         )
-        sync_folder(folder)
 
     def _commit(
         self, directory: Path, tag: str, save_id: str, world_size: int, snapshot: Snapshot, latest: bool
