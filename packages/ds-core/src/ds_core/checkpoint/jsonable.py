@@ -8,13 +8,18 @@ from __future__ import annotations
 import base64
 import math
 from collections import Counter, OrderedDict, defaultdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ds_core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["decode", "encode"]
 
 _TAG = "$ds"
+_MAPPINGS: tuple[type[dict[Any, Any]], ...] = (OrderedDict, Counter)
+"""Kinds of dictionaries that differ from a plain one where it matters: ``MultiStepLR`` keeps its steps in a Counter."""
 MAX_TENSOR_BYTES = 2**20
 """A larger tensor in the JSON part is surely a mistake: it belongs into the model or a buffer."""
 
@@ -22,8 +27,8 @@ MAX_TENSOR_BYTES = 2**20
 def encode(value: Any, where: str) -> Any:
     """Return ``value`` in what JSON can hold.
 
-    None, booleans, numbers (inf and NaN too), strings, lists, tuples, dictionaries with such keys, small tensors and
-    NumPy scalars are understood.
+    None, booleans, numbers (inf and NaN too), strings, lists, tuples, dictionaries with such keys (also ordered ones
+    and counters; a ``defaultdict`` comes back as a plain one), small tensors and NumPy scalars are understood.
 
     Args:
         where: name of the value, for errors: ``client_state``.
@@ -31,6 +36,17 @@ def encode(value: Any, where: str) -> Any:
     Raises:
         CheckpointError: naming the key of what cannot be stored.
     """
+    try:
+        return _encode(value, where)
+    except RecursionError:
+        raise CheckpointError(
+            "a value cannot be stored in a checkpoint: it is nested too deeply, or holds itself",
+            where=where,
+            fix="store lists and dictionaries that do not refer to what they are in",
+        ) from None
+
+
+def _encode(value: Any, where: str) -> Any:
     if value is None or isinstance(value, bool | str) or type(value) is int:
         return value
     if isinstance(value, int):  # IntEnum and the like
@@ -38,19 +54,28 @@ def encode(value: Any, where: str) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {_TAG: "float", "value": repr(float(value))}
     if isinstance(value, list):
-        return [encode(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return [_encode(item, f"{where}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, tuple) and type(value) is tuple:
-        return {_TAG: "tuple", "value": [encode(item, f"{where}[{index}]") for index, item in enumerate(value)]}
-    if type(value) in (dict, OrderedDict, Counter) or isinstance(value, defaultdict):
+        return {_TAG: "tuple", "value": [_encode(item, f"{where}[{index}]") for index, item in enumerate(value)]}
+    if type(value) is dict or isinstance(value, defaultdict):
         if all(type(key) is str and key != _TAG for key in value):
-            return {key: encode(item, f"{where}.{key}") for key, item in value.items()}
-        pairs = [[encode(k, where), encode(v, f"{where}[{k!r}]")] for k, v in value.items()]
-        return {_TAG: "dict", "value": pairs}
+            return {key: _encode(item, f"{where}.{key}") for key, item in value.items()}
+        return {_TAG: "dict", "value": _encode_pairs(value, where)}
+    if type(value) in _MAPPINGS:
+        return {_TAG: type(value).__name__, "value": _encode_pairs(value, where)}
     special = _encode_array(value, where)
     if special is not None:
         return special
-    raise CheckpointError(
-        f"a value of type {type(value).__name__} cannot be stored in a checkpoint without pickle",
+    raise _refused(f"a value of type {type(value).__name__}", where)
+
+
+def _encode_pairs(value: Mapping[Any, Any], where: str) -> list[list[Any]]:
+    return [[_encode(key, where), _encode(item, f"{where}[{key!r}]")] for key, item in value.items()]
+
+
+def _refused(what: str, where: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what} cannot be stored in a checkpoint without pickle",
         where=where,
         fix="store numbers, strings, lists, tuples and dictionaries; keep larger things in buffers or own files",
     )
@@ -61,16 +86,22 @@ def _encode_array(value: Any, where: str) -> Any:
     import torch
 
     if isinstance(value, np.generic):
-        return encode(value.item(), where)
+        item = value.item()
+        # A longdouble is wider than any number of Python's, and stays itself.
+        return None if isinstance(item, np.generic) else _encode(item, where)
     if not isinstance(value, torch.Tensor):
         return None
+    if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        kind = "quantized" if value.is_quantized else "meta" if value.is_meta else str(value.layout)
+        raise _refused(f"a {kind} tensor", where)
     if value.nbytes > MAX_TENSOR_BYTES:
         raise CheckpointError(
             f"a tensor of {value.nbytes} bytes in the JSON part of a checkpoint (allowed: {MAX_TENSOR_BYTES})",
             where=where,
             fix="register it as a buffer of the model, or write it to a file of its own",
         )
-    data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    values = value.detach().cpu().resolve_conj().resolve_neg()
+    data = values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return {
         _TAG: "tensor",
         "dtype": str(value.dtype).removeprefix("torch."),
@@ -94,6 +125,9 @@ def decode(value: Any) -> Any:
         return tuple(decode(item) for item in value["value"])
     if tag == "dict":
         return {decode(key): decode(item) for key, item in value["value"]}
+    for mapping in _MAPPINGS:
+        if tag == mapping.__name__:
+            return mapping({decode(key): decode(item) for key, item in value["value"]})
     if tag == "tensor":
         import torch
 

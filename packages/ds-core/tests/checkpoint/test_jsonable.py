@@ -1,0 +1,230 @@
+"""Values come back exactly, after real JSON in between; what cannot is refused with its key."""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+from collections import Counter, OrderedDict, defaultdict, namedtuple
+
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds_core.checkpoint import jsonable
+from ds_core.checkpoint.jsonable import decode, encode
+from ds_core.errors import CheckpointError
+
+
+def round_trip(value: object) -> object:
+    # strict: NaN and inf are no JSON, other programs could not read the manifest.
+    return decode(json.loads(json.dumps(encode(value, "value"), allow_nan=False)))
+
+
+def same(a: object, b: object) -> bool:
+    """Equal in value and type; NaN equals NaN, 0.0 differs from -0.0."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, float):
+        return a.hex() == b.hex()
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict):
+        return len(a) == len(b) and all(same(*pair) for pair in zip(a.items(), b.items(), strict=True))
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and same(as_bytes(a), as_bytes(b))
+    return a == b
+
+
+def as_bytes(tensor: torch.Tensor) -> list[int]:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+keys = st.text() | st.integers() | st.booleans() | st.none() | st.tuples(st.integers(), st.text()) | st.just("$ds")
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(keys, inner) | st.dictionaries(st.text(), inner)
+    ),
+    max_leaves=20,
+)
+
+
+@given(values)
+@settings(max_examples=300, deadline=None)
+def test_every_value_comes_back(value):
+    assert same(round_trip(value), value)
+
+
+@given(values)
+@settings(max_examples=50, deadline=None)
+def test_what_is_encoded_stays_as_it_was(value):
+    before = repr(value)
+    encode(value, "value")
+    assert repr(value) == before
+
+
+EXAMPLES = [
+    {"$ds": "tuple", "value": [1]},
+    {"$ds": 1},
+    [{"$ds": {"$ds": ()}}],
+    {1: "int", "1": "text"},
+    {True: 1, None: 2, 1.5: 3, (1, (2,)): 4},
+    {float("inf"): -math.inf, "nan": math.nan},
+    (),
+    [[], {}, ((),)],
+    2**200,
+    -0.0,
+    5e-324,
+    "\ud800 \0 \u2028",
+]
+
+
+@pytest.mark.parametrize("value", EXAMPLES, ids=repr)
+def test_awkward_values_come_back(value):
+    assert same(round_trip(value), value)
+
+
+DTYPES = (
+    *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex32", "complex64"),
+    *("complex128", "int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64", "bool"),
+)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+def test_small_tensors_of_every_dtype(name):
+    for shape in ((), (0, 3), (2, 3)):
+        tensor = torch.arange(math.prod(shape)).reshape(shape).to(getattr(torch, name))
+        assert same(round_trip(tensor), tensor)
+
+
+def test_tensors_of_any_strides_and_with_a_graph():
+    base = torch.arange(24.0).view(4, 6)
+    weight = torch.nn.Parameter(base)
+    for tensor in (base.t(), base[::2, 1:4], base[0, 0], torch.ones(1).expand(5), weight, weight * 2):
+        found = round_trip(tensor)
+        assert same(found, tensor.detach())
+        assert not found.requires_grad
+    found = round_trip(torch.zeros(2))
+    found += 1  # its own memory, which may be written to
+
+
+def test_complex_views_are_stored_as_what_they_show():
+    value = torch.tensor([1 + 2j, 3 - 4j])
+    assert round_trip(value.conj()).tolist() == [1 - 2j, 3 + 4j]
+    assert round_trip(value.conj().imag).tolist() == [-2.0, 4.0]
+
+
+def test_subclasses_that_mean_a_plain_value_become_it():
+    class Level(enum.IntEnum):
+        HIGH = 3
+
+    class Mode(str, enum.Enum):
+        FAST = "fast"
+
+    assert same(round_trip(Level.HIGH), 3)
+    assert same(round_trip(Mode.FAST), "fast")
+    assert same(round_trip(defaultdict(list, {1: [2]})), {1: [2]})
+    assert same(round_trip(defaultdict(int, {"a": 2})), {"a": 2})
+
+
+@pytest.mark.parametrize("value", [Counter({3: 2, 5: 1}), Counter("abca"), OrderedDict(b=1, a=(2,)), Counter()])
+def test_counters_and_ordered_dictionaries_stay_what_they_are(value):
+    # MultiStepLR keeps its milestones in a Counter, and asks it for elements().
+    found = round_trip({"kept": value})["kept"]
+    assert type(found) is type(value)
+    assert found == value
+    assert list(found) == list(value)
+
+
+def test_a_torch_schedule_goes_on_from_its_state():
+    def build() -> torch.optim.lr_scheduler.MultiStepLR:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[2, 4])
+        optimizer.step()  # torch warns of a schedule that moves before its optimizer
+        return schedule
+
+    original, resumed = build(), build()
+    original.step()
+    resumed.load_state_dict(round_trip(original.state_dict()))
+    for _ in range(4):
+        original.step()
+        resumed.step()
+        assert resumed.get_last_lr() == original.get_last_lr()
+    assert resumed._get_closed_form_lr() == original._get_closed_form_lr()
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (numpy.float32(0.5), 0.5),
+        (numpy.float64(0.1), 0.1),
+        (numpy.float16("nan"), math.nan),
+        (numpy.int64(-3), -3),
+        (numpy.uint8(200), 200),
+        (numpy.bool_(True), True),
+        (numpy.str_("text"), "text"),
+    ],
+)
+def test_numpy_scalars_become_python_ones(value, expected):
+    assert same(round_trip([value]), [expected])
+
+
+Pair = namedtuple("Pair", "a b")
+
+REFUSED = {
+    "bytes": b"data",
+    "set": {1},
+    "object": object(),
+    "function": len,
+    "complex": 1j,
+    "namedtuple": Pair(1, 2),
+    "ndarray": numpy.zeros(2),
+    "bytes_": numpy.bytes_(b"x"),
+    "datetime64": numpy.datetime64("2020-01-01"),
+    "longdouble": numpy.longdouble(1.5),
+    "sparse tensor": torch.ones(2, 2).to_sparse(),
+    "meta tensor": torch.ones(2, device="meta"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_stored_is_refused_with_its_key(name):
+    with pytest.raises(CheckpointError) as caught:
+        encode({"run": [0, {"callback": ("x", REFUSED[name])}], "fine": 1}, "client_state")
+    assert caught.value.where == "client_state.run[1].callback[1]"
+    assert "cannot be stored in a checkpoint" in caught.value.what
+    assert caught.value.fix
+
+
+def test_a_key_that_cannot_be_stored_is_refused():
+    with pytest.raises(CheckpointError, match="bytes") as caught:
+        encode({"outer": {b"key": 1}}, "client_state")
+    assert caught.value.where == "client_state.outer"
+
+
+def test_a_value_that_holds_itself_is_refused():
+    loop: dict = {"list": []}
+    loop["list"].append(loop)
+    with pytest.raises(CheckpointError, match="nested"):
+        encode(loop, "client_state")
+
+
+def test_a_large_tensor_is_refused_with_its_key():
+    limit = jsonable.MAX_TENSOR_BYTES
+    assert round_trip(torch.zeros(limit, dtype=torch.uint8)).numel() == limit
+    with pytest.raises(CheckpointError) as caught:
+        encode({"cache": torch.zeros(limit + 1, dtype=torch.uint8)}, "client_state")
+    assert caught.value.where == "client_state.cache"
+    assert str(limit + 1) in caught.value.what
+    assert "buffer" in caught.value.fix
+
+
+def test_a_tag_of_a_later_version_says_so():
+    with pytest.raises(CheckpointError, match="unknown tag 'matrix'") as caught:
+        decode({"a": [{"$ds": "matrix", "value": []}]})
+    assert caught.value.fix == "upgrade ds-core"
