@@ -21,10 +21,11 @@ def check_tag(tag: object) -> str:
     """Return ``tag`` as text that names one folder.
 
     Raises:
-        CheckpointError: it is empty, ``latest``, or leads elsewhere.
+        CheckpointError: it is empty, ``latest`` (or its form while it is written), or leads elsewhere.
     """
     text = str(tag)
-    if text in ("", ".", "..", LATEST) or "/" in text or "\\" in text or "\0" in text:
+    reserved = ("", ".", "..", LATEST, f"{LATEST}.tmp")
+    if text in reserved or "/" in text or "\\" in text or "\0" in text:
         raise CheckpointError(
             f"tag {text!r} cannot name a checkpoint", where="tag", fix="use a plain folder name, such as 'step_100'"
         )

@@ -1,0 +1,77 @@
+"""The names in a checkpoint folder: what a tag may be, which tags are complete, and what ``latest`` says."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from ds_core.checkpoint.folder import MANIFEST, check_tag, complete_tags, read_latest, write_latest
+from ds_core.errors import CheckpointError
+
+
+@pytest.mark.parametrize("tag", ["step_100", "a b", "1.5", "latest2", ".hidden", 7])
+def test_plain_names_are_tags(tag):
+    assert check_tag(tag) == str(tag)
+
+
+# "latest.tmp" is what ``latest`` is written as before it gets its name: a folder there would end all later saves.
+@pytest.mark.parametrize("tag", ["", ".", "..", "latest", "latest.tmp", "a/b", "/a", "a\\b", "../a", "a\0b"])
+def test_a_name_that_leads_elsewhere_is_refused(tag):
+    with pytest.raises(CheckpointError, match="cannot name a checkpoint") as caught:
+        check_tag(tag)
+    assert repr(tag) in caught.value.what
+    assert caught.value.where == "tag"
+    assert caught.value.fix
+
+
+def test_complete_tags_are_those_with_a_manifest_newest_last(tmp_path):
+    assert complete_tags(tmp_path / "nowhere") == []
+    assert complete_tags(tmp_path) == []
+    for age, tag in enumerate(["b", "c", "a"]):
+        (tmp_path / tag).mkdir()
+        (tmp_path / tag / MANIFEST).write_text("{}")
+        os.utime(tmp_path / tag / MANIFEST, (1000 + age, 1000 + age))
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / f"{MANIFEST}.tmp").write_text("{}")
+    (tmp_path / "odd" / MANIFEST).mkdir(parents=True)
+    (tmp_path / MANIFEST).write_text("not in a tag")
+    assert complete_tags(tmp_path) == ["b", "c", "a"]
+
+
+def test_tags_of_the_same_time_are_sorted_by_name(tmp_path):
+    for tag in ("b", "a", "c"):
+        (tmp_path / tag).mkdir()
+        (tmp_path / tag / MANIFEST).write_text("{}")
+        os.utime(tmp_path / tag / MANIFEST, (1000, 1000))
+    assert complete_tags(tmp_path) == ["a", "b", "c"]
+
+
+def test_latest_is_what_was_written_last(tmp_path):
+    for tag in ("first", "second, which is longer", "c"):
+        write_latest(tmp_path, tag)
+        assert read_latest(tmp_path) == tag
+        assert (tmp_path / "latest").read_text() == tag
+    (tmp_path / "latest").write_text(" edited\n")
+    assert read_latest(tmp_path) == "edited"
+
+
+def test_without_latest_the_error_lists_what_could_be_loaded(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist") as caught:
+        read_latest(tmp_path / "nowhere")
+    assert "nowhere" in caught.value.what
+    with pytest.raises(CheckpointError, match="there is no file 'latest'") as caught:
+        read_latest(tmp_path)
+    assert caught.value.fix == "check the path: no checkpoint is in it"
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / MANIFEST).write_text("{}")
+    with pytest.raises(CheckpointError, match="there is no file 'latest'") as caught:
+        read_latest(tmp_path)
+    assert caught.value.fix == "pass tag=, one of one"
+
+
+@pytest.mark.parametrize("content", ["", "../elsewhere", "/etc"])
+def test_a_latest_that_names_no_folder_here_is_refused(content, tmp_path):
+    (tmp_path / "latest").write_text(content)
+    with pytest.raises(CheckpointError, match="cannot name a checkpoint"):
+        read_latest(tmp_path)
