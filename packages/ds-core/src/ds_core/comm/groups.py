@@ -40,8 +40,8 @@ def init_distributed(
 ) -> None:
     """Join the job's process group; every rank calls it. Returns at once where the user already did.
 
-    Without a launcher's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) this process is a job of one rank;
-    no port is opened then.
+    Without a launcher's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) this process is a job of one rank,
+    which needs no address: two such jobs on one host cannot meet.
 
     Args:
         dist_backend: torch.distributed's name; None: the accelerator's (``nccl`` or ``gloo``).
@@ -55,7 +55,8 @@ def init_distributed(
         rank, world_size: instead of the environment.
 
     Raises:
-        CommError: ``dist_init_required`` is False and it is not initialised, or the environment is incomplete.
+        CommError: ``dist_init_required`` is False and it is not initialised, the environment is incomplete, or one of
+            ``rank`` and ``world_size`` is given without the other.
     """
     import torch.distributed as dist
 
@@ -67,12 +68,18 @@ def init_distributed(
             where="init_distributed",
             fix="call torch.distributed.init_process_group before, or leave dist_init_required out",
         )
+    if (rank >= 0) != (world_size > 0):
+        raise CommError(
+            f"rank and world_size belong together, given are rank {rank} and world_size {world_size}",
+            where="init_distributed",
+            fix="pass both, or neither: then the launcher's environment says",
+        )
     from torch._C._distributed_c10d import HashStore
 
     from ds_core.accelerator import get_accelerator
 
     backend = dist_backend or get_accelerator().communication_backend_name()
-    timeout = timeout or timedelta(minutes=float(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
+    timeout = timeout or _timeout_of_environment()
     present = [name for name in _LAUNCHER if name in os.environ]
     if init_method is not None or len(present) == len(_LAUNCHER):
         dist.init_process_group(backend, init_method=init_method, timeout=timeout, rank=rank, world_size=world_size)
@@ -98,6 +105,17 @@ def init_distributed(
         dist.init_process_group(backend, store=HashStore(), timeout=timeout, rank=0, world_size=1)
     if verbose and dist.get_rank() == 0 and dist.get_world_size() > 1:
         logger.info("%d ranks, backend %s", dist.get_world_size(), backend)
+
+
+def _timeout_of_environment() -> timedelta:
+    value = os.environ.get("DEEPSPEED_TIMEOUT", "10")
+    try:
+        timeout = timedelta(minutes=float(value))
+    except (ValueError, OverflowError):
+        timeout = timedelta(0)
+    if timeout <= timedelta(0):
+        raise CommError(f"DEEPSPEED_TIMEOUT is {value!r}", where="environment", fix="a positive number of minutes")
+    return timeout
 
 
 def is_initialized() -> bool:

@@ -80,10 +80,10 @@ def broadcast_tensors(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
     def send() -> None:
         nonlocal pending, size
         if len(pending) == 1 and pending[0].is_contiguous():
-            dist.broadcast(pending[0], group=group, group_src=0)
+            dist.broadcast(_as_bytes(pending[0]), group=group, group_src=0)
         elif pending:
             flat = torch.cat([tensor.reshape(-1) for tensor in pending])
-            dist.broadcast(flat, group=group, group_src=0)
+            dist.broadcast(_as_bytes(flat), group=group, group_src=0)
             for tensor, part in zip(pending, flat.split([tensor.numel() for tensor in pending]), strict=True):
                 tensor.copy_(part.view_as(tensor))
         pending, size = [], 0
@@ -101,3 +101,10 @@ def broadcast_tensors(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
             pending.append(tensor.detach())
             size += tensor.nbytes
         send()
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    # gloo knows no 16-bit integers, no fp8 and more; bytes are bytes.
+    import torch
+
+    return tensor.view(-1).view(torch.uint8)
