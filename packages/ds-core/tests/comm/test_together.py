@@ -18,10 +18,12 @@ def told(error: Exception | None) -> tuple[str, str] | None:
     """Return the class and text of what ``raise_together`` raises here, None if nothing."""
     try:
         raise_together(error, torch.distributed.group.WORLD)
-    except Exception as raised:
-        assert raised is error or error is None, "a rank's own error is raised as it is"
-        return type(raised).__name__, str(raised)
-    return None
+    except Exception as caught:
+        raised = caught
+    else:
+        return None
+    assert raised is error or error is None, "a rank's own error is raised as it is"
+    return type(raised).__name__, str(raised)
 
 
 def nobody_fails() -> object:
@@ -40,13 +42,13 @@ def rank_2_fails_with_an_error_of_pythons() -> object:
     return told(ZeroDivisionError("division by zero") if comm.get_rank() == 2 else None)
 
 
-class Unpicklable(Exception):
+class UnpicklableError(Exception):
     def __reduce__(self):
         raise TypeError("holds a lock")
 
 
 def rank_0_fails_with_what_cannot_travel() -> object:
-    return told(Unpicklable("odd") if comm.get_rank() == 0 else None)
+    return told(UnpicklableError("odd") if comm.get_rank() == 0 else None)
 
 
 def compare() -> list[dict[int, object]]:
@@ -158,8 +160,8 @@ def test_an_error_that_is_none_of_ours_travels_as_text(results):
     others = ("CommError", "rank 2 failed: ZeroDivisionError: division by zero")
     own = ("ZeroDivisionError", "division by zero")
     assert results["rank_2_fails_with_an_error_of_pythons"] == [others, others, own]
-    other = ("CommError", "rank 0 failed: Unpicklable: odd")
-    assert results["rank_0_fails_with_what_cannot_travel"] == [("Unpicklable", "odd"), other, other]
+    other = ("CommError", "rank 0 failed: UnpicklableError: odd")
+    assert results["rank_0_fails_with_what_cannot_travel"] == [("UnpicklableError", "odd"), other, other]
 
 
 def test_ranks_whose_value_differs_are_named_with_it(results):
