@@ -191,6 +191,22 @@ def test_an_engine_without_optimizer_runs_forward_only():
     assert loss_of(engine).item() > 0
     with pytest.raises(EngineError, match="this engine has no optimizer"):
         engine.backward(loss_of(engine))
+    with pytest.raises(EngineError, match="this engine has no optimizer"):
+        engine.step()
+
+
+def test_an_engine_without_optimizer_loads_weights(tmp_path):
+    trained = start()
+    trained.backward(loss_of(trained))
+    trained.step()
+    trained.save_checkpoint(tmp_path)
+    engine = start(config={"train_batch_size": 2})
+    engine.load_checkpoint(tmp_path, load_module_only=True)
+    assert torch.equal(engine.module[0].weight, trained.module[0].weight)
+    engine.save_checkpoint(tmp_path, tag="weights")
+    again = start()
+    again.load_checkpoint(tmp_path, tag="weights")
+    assert torch.equal(again.module[0].weight, trained.module[0].weight)
 
 
 def test_a_destroyed_engine_says_so_and_leaves_the_model_usable():

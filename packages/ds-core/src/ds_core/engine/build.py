@@ -132,10 +132,12 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
     names = {param: name for name, param in module.named_parameters()}
     _check_ranks_agree(module, groups, names, group)
     comm.broadcast_tensors([*module.parameters(), *module.buffers()], group)
-    partition = optimizer = schedule = None
-    if groups and (arguments.optimizer is not None or config.optimizer is not None):
-        inputs = PartitionInputs(module, groups, names, choice.precision.plan, group, device, config)
-        partition = choice.partition(inputs)
+    trains = bool(groups) and (arguments.optimizer is not None or config.optimizer is not None)
+    partition = choice.partition(
+        PartitionInputs(module, groups if trains else [], names, choice.precision.plan, group, device, config)
+    )
+    optimizer = schedule = None
+    if trains:
         optimizer = _optimizer(arguments, partition)
         if config.gradient_clipping > 0 and "gradient_clipping" not in config.raw:
             log_dist(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from ds_core.engine.face import EngineFace
-from ds_core.engine.parts import Outcome, Parts, StepRecord, global_norm
+from ds_core.engine.parts import Outcome, Parts, ScheduleStep, StepRecord, global_norm
 from ds_core.errors import EngineError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class DeepSpeedEngine(EngineFace):
         self._config = config
         self.progress = Progress()
         self._seeds: dict[tuple[Any, ...], Tensor] = {}
-        self._destroyed = False
+        self.is_destroyed = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module returns, unchanged."""
@@ -86,8 +87,8 @@ class DeepSpeedEngine(EngineFace):
         """
         parts = self.parts
         partition = parts.partition
-        if partition is None:
-            raise self._cannot("backward")
+        if parts.optimizer is None:
+            raise self.cannot("backward")
         _check_loss(loss)
         window = parts.accumulation
         divisor = window.steps if scale_wrt_gas else 1
@@ -113,8 +114,8 @@ class DeepSpeedEngine(EngineFace):
             EngineError: no backward before it, or an engine without an optimizer.
         """
         parts = self.parts
-        if parts.partition is None or parts.optimizer is None:
-            raise self._cannot("step")
+        if parts.optimizer is None:
+            raise self.cannot("step")
         at_boundary = parts.accumulation.at_boundary
         parts.accumulation.advance()
         if not at_boundary:
@@ -163,8 +164,9 @@ class DeepSpeedEngine(EngineFace):
             seed = self._seeds[key] = torch.full_like(loss, factor, requires_grad=False)
         return seed
 
-    def _cannot(self, call: str) -> EngineError:
-        if self._destroyed:
+    def cannot(self, call: str) -> EngineError:
+        """Return the error for a ``call`` that this engine has no parts for."""
+        if self.is_destroyed:
             return EngineError("this engine was destroyed", where=f"engine.{call}", fix="make a new one")
         return EngineError(
             "this engine has no optimizer, so it only runs forward",
@@ -174,18 +176,17 @@ class DeepSpeedEngine(EngineFace):
 
     def destroy(self) -> None:
         """Take the hooks off the model and let buffers go; the model stays usable. Safe to repeat."""
-        if self._destroyed:
+        if self.is_destroyed:
             return
-        self._destroyed = True
-        if self.parts.partition is not None:
-            self.parts.partition.destroy()
+        self.is_destroyed = True
+        self.parts.partition.destroy()
         for observe in self.parts.observers:
             close = getattr(observe, "close", None)
             if close is not None:
                 close()
         self.training_dataloader = None
         self._seeds.clear()
-        self.parts = self._parts_without_training()
+        self.parts = dataclasses.replace(self.parts, optimizer=None, schedule=ScheduleStep(None), observers=[])
 
 
 def _check_loss(loss: Any) -> None:

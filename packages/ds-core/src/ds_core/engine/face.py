@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,7 +9,7 @@ from torch import nn
 
 from ds_core import comm
 from ds_core.engine import state
-from ds_core.engine.parts import Outcome, ScheduleStep
+from ds_core.engine.parts import Outcome
 from ds_core.errors import ConfigError, EngineError, NotBuiltError
 
 if TYPE_CHECKING:
@@ -223,7 +222,7 @@ class EngineFace(nn.Module):
         parts = self.parts
         found = {
             "precision": type(parts.precision).__name__,
-            "partition": "none" if parts.partition is None else type(parts.partition).__name__,
+            "partition": type(parts.partition).__name__,
             "optimizer": "none" if self.optimizer is None else type(self.optimizer).__name__,
             "checkpoint": type(parts.checkpoint).__name__,
             "clipping": f"norm above {parts.clip.max_norm}" if parts.clip.max_norm > 0 else "off",
@@ -234,8 +233,7 @@ class EngineFace(nn.Module):
                 "step_scaled": "applied by the optimizer, in its own pass",
                 "multiply": "one multiplication before the update, skipped at 1",
             }[parts.optimizer.way]
-        if parts.partition is not None:
-            found.update(parts.partition.report())
+        found.update(parts.partition.report())
         found.update(self._without_effect())
         return found
 
@@ -279,10 +277,7 @@ class EngineFace(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of the window so far; the window itself goes on."""
-        if self.parts.partition is None:
-            self.module.zero_grad(set_to_none=set_to_none)
-        else:
-            self.parts.partition.clear_gradients()
+        self.parts.partition.clear_gradients()
 
     def compile(self, backend: str = "inductor", compile_kwargs: Mapping[str, Any] | None = None) -> None:
         """Compile the module in place with ``torch.compile``; nothing happens when it is compiled already."""
@@ -375,9 +370,3 @@ class EngineFace(nn.Module):
 
     @abstractmethod
     def destroy(self) -> None: ...
-
-    def _parts_without_training(self) -> Parts:
-        """Return parts that still run forward, and name the engine as destroyed for the rest."""
-        return dataclasses.replace(
-            self.parts, partition=None, optimizer=None, schedule=ScheduleStep(None), observers=[]
-        )

@@ -141,9 +141,9 @@ class Parts:
     forward: Callable[..., Any]
     """The module, wrapped in the precision's casts where it has any."""
     precision: Precision
-    partition: Partition | None
-    """None: the engine only runs forward."""
+    partition: Partition
     optimizer: OptimizerStep | None
+    """None: the engine only runs forward; the partition trains nothing then."""
     schedule: ScheduleStep
     accumulation: Accumulation
     clip: Clip

@@ -67,7 +67,7 @@ def save(
     Raises:
         CheckpointError: on every rank, with the reason of the one that failed.
     """
-    engine = _engine_with_parts(engine, "save_checkpoint")
+    engine = _living(engine, "save_checkpoint")
     directory, tag = _agree_on_place(engine, save_dir, tag)
     failure: DsError | None = None
     snapshot = None
@@ -86,12 +86,12 @@ def save(
     log_dist(f"saved checkpoint {tag!r} in {directory}", level=logging.DEBUG)
 
 
-def _engine_with_parts(engine: EngineFace, call: str) -> DeepSpeedEngine:
+def _living(engine: EngineFace, call: str) -> DeepSpeedEngine:
     from ds_core.engine.engine import DeepSpeedEngine
 
     assert isinstance(engine, DeepSpeedEngine)
-    if engine.parts.partition is None:
-        raise engine._cannot(call)
+    if engine.is_destroyed:
+        raise engine.cannot(call)
     return engine
 
 
@@ -129,7 +129,6 @@ def _agree_on_place(engine: DeepSpeedEngine, save_dir: str | PathLike[str], tag:
 
 def _capture(engine: DeepSpeedEngine, client_state: Mapping[str, Any], exclude_frozen: bool) -> Snapshot:
     parts = engine.parts
-    assert parts.partition is not None
     frozen = {name for name, param in engine.module.named_parameters() if not param.requires_grad}
     pieces = [
         piece
@@ -184,7 +183,7 @@ def load(
         CheckpointError: on every rank: no such checkpoint, half of one, or one of another model. Tensors loaded until
             then stay loaded.
     """
-    engine = _engine_with_parts(engine, "load_checkpoint")
+    engine = _living(engine, "load_checkpoint")
     directory = Path(load_dir)
     failure: DsError | None = None
     path, client_state = "", {}
@@ -197,14 +196,13 @@ def load(
     except DsError as error:
         failure = error
     raise_together(failure, engine.parts.group)
-    engine.parts.partition.after_load()  # type: ignore[union-attr]
+    engine.parts.partition.after_load()
     log_dist(f"loaded checkpoint {path}")
     return path, client_state
 
 
 def _restore(engine: DeepSpeedEngine, reader: CheckpointReader, options: LoadOptions) -> None:
     parts, state = engine.parts, reader.state
-    assert parts.partition is not None
     # Everything that can be refused is, before the first tensor changes.
     _check_window(engine, reader, options)
     of_optimizer = parts.partition.optimizer_pieces()
@@ -259,7 +257,6 @@ def _check_window(engine: DeepSpeedEngine, reader: CheckpointReader, options: Lo
 
 
 def _restore_weights(engine: DeepSpeedEngine, reader: CheckpointReader, options: LoadOptions) -> None:
-    assert engine.parts.partition is not None
     stored = {(of.name, of.kind): of for of in reader.tensors()}
     wanted = list(engine.parts.partition.pieces())
     excluded = set(reader.state["excluded"])
@@ -296,7 +293,6 @@ def _full_state_dict(reader: CheckpointReader) -> dict[str, torch.Tensor]:
 
 
 def _restore_gradients(engine: DeepSpeedEngine, reader: CheckpointReader) -> None:
-    assert engine.parts.partition is not None
     rank = comm.get_rank(engine.parts.group)
     pieces = [
         Piece(

@@ -36,7 +36,10 @@ class PartitionInputs:
     module: nn.Module
     """On its device, equal on every rank."""
     param_groups: Sequence[Mapping[str, Any]]
-    """Groups as for a torch optimizer; ``params`` lists parameters of ``module``, frozen ones left out."""
+    """Groups as for a torch optimizer; ``params`` lists parameters of ``module``, frozen ones left out.
+
+    Empty where nothing is trained.
+    """
     names: Mapping[nn.Parameter, str]
     """Every parameter of ``module`` by its (first) name."""
     plan: PrecisionPlan

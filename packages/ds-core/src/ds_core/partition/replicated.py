@@ -132,7 +132,7 @@ class ReplicatedPartition(Partition):
         if isinstance(self._gradients, Bucketer):
             sizes = [bucket.storage.nbytes for bucket in self._gradients.buckets]
             found["gradient buckets"] = f"{len(sizes)}, {sum(sizes)} bytes in all, summed while backward runs"
-        if self._outside:
+        if self._outside and self._params:
             listing = ", ".join(self.inputs.names[param] for param in self._outside)
             found["trainable parameters without an optimizer"] = f"not reduced, not updated: {listing}"
         return found
