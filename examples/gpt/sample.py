@@ -31,9 +31,8 @@ PROMPT = "class Reader:\n    def __init__(self, path):\n        self."
 def load_model(folder: Path) -> GPT:
     """Return the model of the last checkpoint in ``folder``; it may have been saved by any number of ranks."""
     model = GPT(GPTConfig(**json.loads((folder / MODEL_FILE).read_text())))
-    # load_checkpoint needs an engine that could train. This optimizer never steps, so it allocates nothing.
-    config = {"train_batch_size": 1, "optimizer": {"type": "AdamW"}, "log_level": "warning"}
-    engine, *_ = ds_core.initialize(model=model, config=config)
+    # Without an optimizer an engine only runs forward.
+    engine, *_ = ds_core.initialize(model=model, config={"train_batch_size": 1, "log_level": "warning"})
     engine.load_checkpoint(folder, load_module_only=True)
     return engine.module.eval()
 
