@@ -22,7 +22,7 @@ import torch
 
 from ds_core.errors import CommError, EngineError
 from ds_core.partition.arithmetic import plan_buckets
-from ds_core.partition.window import GradientWindow
+from ds_core.partition.window import GradientWindow, sparse_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -124,6 +124,8 @@ class Bucketer(GradientWindow):
                 # The first gradient of the window. Copying it here and letting it go costs less than having autograd
                 # add it to a slot that was zeroed before.
                 assert param.grad is not None
+                if param.grad.layout is not torch.strided:
+                    raise sparse_gradient(self._names[bucket.params[place]])
                 slot.copy_(param.grad)
                 param.grad = slot
             if bucket.arrived[place]:

@@ -64,7 +64,7 @@ class ReplicatedPartition(Partition):
                 start=self._all_reduce,
             )
         else:
-            self._gradients = LocalGradients(self._params)
+            self._gradients = LocalGradients(self._params, inputs.names)
         self._stored = list(_stored_tensors(inputs.module, self._world_size))
         self._of = {piece.data: piece for piece in self._stored}
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-from ds_core.errors import EngineError
+import torch
+
+from ds_core.errors import EngineError, NotBuiltError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -13,7 +15,16 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["GradientWindow", "LocalGradients"]
+__all__ = ["GradientWindow", "LocalGradients", "sparse_gradient"]
+
+
+def sparse_gradient(name: str) -> NotBuiltError:
+    """Return the error for a gradient that is not dense."""
+    return NotBuiltError(
+        "a parameter received a sparse gradient, which is not built yet",
+        where=f"parameter {name!r}",
+        fix="use dense gradients, such as torch.nn.Embedding(..., sparse=False)",
+    )
 
 
 class GradientWindow(ABC):
@@ -63,7 +74,11 @@ class GradientWindow(ABC):
 
     @abstractmethod
     def flats(self) -> list[Tensor]:
-        """Return tensors that hold every reduced gradient once, and zeros. Valid after :meth:`wait`."""
+        """Return tensors that hold every reduced gradient once, and zeros. Valid after :meth:`wait`.
+
+        Raises:
+            NotBuiltError: a gradient is sparse (where storage is flat, the hook raises it already).
+        """
 
     @abstractmethod
     def clear(self) -> None:
@@ -83,9 +98,11 @@ class GradientWindow(ABC):
 class LocalGradients(GradientWindow):
     """Gradients of the only rank, where autograd leaves them: nothing is copied, nothing reduced."""
 
-    def __init__(self, params: Sequence[nn.Parameter]) -> None:
+    def __init__(self, params: Sequence[nn.Parameter], names: Mapping[nn.Parameter, str]) -> None:
+        """Hook ``params``; ``names`` are for errors."""
         super().__init__()
         self._params = list(params)
+        self._names = names
         self._handles = [param.register_post_accumulate_grad_hook(self._gradient_is_ready) for param in params]
 
     def _gradient_is_ready(self, param: Tensor) -> None:
@@ -96,7 +113,13 @@ class LocalGradients(GradientWindow):
         """There is nobody to wait for."""
 
     def flats(self) -> list[Tensor]:
-        return [param.grad for param in self._params if param.grad is not None]
+        found = []
+        for param in self._params:
+            if param.grad is not None:
+                if param.grad.layout is not torch.strided:
+                    raise sparse_gradient(self._names[param])
+                found.append(param.grad)
+        return found
 
     def clear(self) -> None:
         self._aborted = False
