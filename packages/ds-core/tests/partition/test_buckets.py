@@ -309,11 +309,8 @@ def test_after_an_abort_the_window_is_refused_until_cleared_and_the_storage_is_f
 def test_a_lost_rank_is_an_error_that_names_the_bucket(fails):
     module = three_layers()
     gradients = bucketer(module, Wire(fails=fails), bucket_bytes=48)
-    gradients.begin(reduce=True)
-    loss = module(torch.ones(2, 3)).sum()
     with pytest.raises(CommError) as caught:  # from the hook, or at the end
-        loss.backward()
-        gradients.end()
+        backward(gradients, module(torch.ones(2, 3)).sum())
     assert caught.value.what == "the gradients could not be summed over the ranks: connection closed by peer"
     assert caught.value.where == "bucket 0 of 4, parameters '2.bias' to '2.bias'"
     with pytest.raises(EngineError, match="the backward before this one raised"):

@@ -47,6 +47,8 @@ class OptimizerStep:
         """
         if self._step_scaled is not None:
             self._step_scaled(factor)
+            # torch's schedules look for this mark of step(), and warn when they are stepped without it.
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
             return
         if factor == 1.0:
             self.optimizer.step()

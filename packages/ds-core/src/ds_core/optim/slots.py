@@ -75,6 +75,14 @@ def group_state(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> li
 
 def _names_by_group(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> list[list[str]]:
     name_of = {piece.data: piece.of.name for piece in pieces}
+    for index, group in enumerate(optimizer.param_groups):
+        unknown = [list(param.shape) for param in group["params"] if param not in name_of]
+        if unknown:
+            raise CheckpointError(
+                f"group {index} of the optimizer holds a tensor of shape {unknown[0]} that the engine does not train",
+                where="optimizer.param_groups",
+                fix="give all parameters to initialize, instead of add_param_group afterwards",
+            )
     return [[name_of[param] for param in group["params"]] for group in optimizer.param_groups]
 
 

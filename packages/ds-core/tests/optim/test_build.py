@@ -1,0 +1,112 @@
+"""``optimizer.type`` and ``optimizer.params``: which class, with which defaults, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from ds_core.errors import ConfigError, MissingPackageError, PluginError
+from ds_core.optim.build import build_optimizer, check_steps_without_closure, find_optimizer
+
+
+def groups() -> list[dict]:
+    return [{"params": [torch.ones(2, requires_grad=True)]}]
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "cls"),
+    [
+        ("Adam", {}, torch.optim.AdamW),
+        ("adam", {"adam_w_mode": True}, torch.optim.AdamW),
+        ("ADAM", {"adam_w_mode": False}, torch.optim.Adam),
+        ("AdamW", {}, torch.optim.AdamW),
+        ("SGD", {"lr": 0.1}, torch.optim.SGD),
+        ("sgd", {"lr": 0.1, "momentum": 0.9}, torch.optim.SGD),
+        ("Adagrad", {}, torch.optim.Adagrad),
+        ("RMSprop", {}, torch.optim.RMSprop),
+        ("nadam", {}, torch.optim.NAdam),
+    ],
+)
+def test_names_lead_to_classes_in_any_case(name, params, cls):
+    assert type(build_optimizer(name, params, groups())) is cls
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_defaults_are_deepspeeds(name):
+    [group] = build_optimizer(name, {}, groups()).param_groups
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-3, (0.9, 0.999), 1e-8, 0.0)
+
+
+def test_lists_of_json_become_tuples():
+    [group] = build_optimizer("AdamW", {"betas": [0.8, 0.9]}, groups()).param_groups
+    assert group["betas"] == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "fused"),
+    [
+        ("AdamW", {}, True),
+        ("SGD", {"lr": 0.1}, True),
+        ("SGD", {"lr": 0.1, "foreach": True}, None),
+        ("SGD", {"lr": 0.1, "fused": False}, False),
+        ("AdamW", {"fused": False}, False),
+        ("Adagrad", {}, True),
+    ],
+)
+def test_the_fused_kernel_is_used_unless_something_else_is_chosen(name, params, fused):
+    assert build_optimizer(name, params, groups()).param_groups[0]["fused"] is fused
+
+
+def test_adam_says_that_it_is_adamw(caplog):
+    with caplog.at_level(logging.INFO, "ds_core"):
+        build_optimizer("Adam", {}, groups())
+        build_optimizer("Adam", {"weight_decay": 0.1}, groups())
+        build_optimizer("Adam", {"adam_w_mode": False, "weight_decay": 0.1}, groups())
+        build_optimizer("AdamW", {}, groups())
+    assert len(caplog.messages) == 2
+    assert 'optimizer "Adam" is AdamW here' in caplog.messages[0]
+    assert "weight_decay 0.1 acts on the weights" in caplog.messages[1]
+
+
+def test_an_unknown_parameter_lists_the_known_ones():
+    with pytest.raises(ConfigError) as caught:
+        build_optimizer("AdamW", {"lr": 0.1, "learning_rate": 1, "beta": 2}, groups())
+    assert caught.value.what == "optimizer 'AdamW' has no parameter 'learning_rate', 'beta'"
+    assert caught.value.where == "optimizer.params.learning_rate"
+    assert "weight_decay" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [("AdamW", {"lr": -1}), ("SGD", {"lr": "fast"}), ("Adam", {"bias_correction": False}), ("AdamW", {"betas": 3})],
+)
+def test_values_the_optimizer_refuses_are_told(name, params):
+    with pytest.raises(ConfigError, match=f"optimizer '{name}' refuses its parameters") as caught:
+        build_optimizer(name, params, groups())
+    assert caught.value.where == "optimizer.params"
+
+
+@pytest.mark.parametrize("name", ["Lamb", "Lion", "OneBitAdam", "Muon"])
+def test_optimizers_of_other_packages_are_named(name):
+    with pytest.raises(MissingPackageError, match="pip install ds-"):
+        find_optimizer(name)
+
+
+def test_a_misspelt_name_gets_the_nearest():
+    with pytest.raises(PluginError, match="adagrad"):
+        find_optimizer("Adagard")
+
+
+def test_a_closure_that_is_needed_is_refused_by_name():
+    params = [torch.ones(2, requires_grad=True)]
+    with pytest.raises(ConfigError, match="LBFGS needs a closure"):
+        check_steps_without_closure(torch.optim.LBFGS(params))
+    check_steps_without_closure(torch.optim.SGD(params))
+
+
+def test_the_parameters_given_are_left_as_they_are():
+    params = {"lr": 0.1, "betas": [0.8, 0.9]}
+    build_optimizer("AdamW", params, groups())
+    assert params == {"lr": 0.1, "betas": [0.8, 0.9]}
