@@ -16,6 +16,7 @@ rank used keeps ``grad`` None, so that the optimizer leaves it alone as plain Py
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -103,39 +104,46 @@ class Bucketer(GradientWindow):
         self._started = 0
         """Buckets whose collective was started since the gradients were last only this rank's own."""
         self._handles = [
-            param.register_post_accumulate_grad_hook(self._hook(bucket, place))
+            param.register_post_accumulate_grad_hook(self._hook(bucket.index, place))
             for bucket in self.buckets
             for place, param in enumerate(bucket.params)
         ]
 
-    def _hook(self, bucket: Bucket, place: int) -> Callable[[Tensor], None]:
+    def _hook(self, index: int, place: int) -> Callable[[Tensor], None]:
+        of_hook = weakref.ref(self)
+
         def gradient_is_ready(param: Tensor) -> None:
-            if not self._in_backward:
-                self.check_in_backward()
-            if bucket.work is not None:
-                # Its slot is in a collective's hands by now; adding to it would corrupt the sum without a word.
-                raise EngineError(
-                    "a parameter received a second gradient in one backward, after its bucket was sent",
-                    where=f"parameter {self._names[bucket.params[place]]!r}",
-                    fix="reentrant activation checkpointing does this to shared parameters: use use_reentrant=False",
-                )
-            slot = bucket.slots[place]
-            if param.grad is not slot:
-                # The first gradient of the window. Copying it here and letting it go costs less than having autograd
-                # add it to a slot that was zeroed before.
-                assert param.grad is not None
-                if param.grad.layout is not torch.strided:
-                    raise sparse_gradient(self._names[bucket.params[place]])
-                slot.copy_(param.grad)
-                param.grad = slot
-            if bucket.arrived[place]:
-                return
-            bucket.arrived[place] = 1
-            bucket.waiting_for -= 1
-            if bucket.waiting_for == 0 and self._reducing:
-                self._start_full_buckets()
+            window = of_hook()
+            if window is not None:
+                window._gradient_is_ready(window.buckets[index], place, param)
 
         return gradient_is_ready
+
+    def _gradient_is_ready(self, bucket: Bucket, place: int, param: Tensor) -> None:
+        if not self._in_backward:
+            self.check_in_backward()
+        if bucket.work is not None:
+            # Its slot is in a collective's hands by now; adding to it would corrupt the sum without a word.
+            raise EngineError(
+                "a parameter received a second gradient in one backward, after its bucket was sent",
+                where=f"parameter {self._names[bucket.params[place]]!r}",
+                fix="reentrant activation checkpointing does this to shared parameters: use use_reentrant=False",
+            )
+        slot = bucket.slots[place]
+        if param.grad is not slot:
+            # The first gradient of the window. Copying it here and letting it go costs less than having autograd
+            # add it to a slot that was zeroed before.
+            assert param.grad is not None
+            if param.grad.layout is not torch.strided:
+                raise sparse_gradient(self._names[bucket.params[place]])
+            slot.copy_(param.grad)
+            param.grad = slot
+        if bucket.arrived[place]:
+            return
+        bucket.arrived[place] = 1
+        bucket.waiting_for -= 1
+        if bucket.waiting_for == 0 and self._reducing:
+            self._start_full_buckets()
 
     def begin(self, *, reduce: bool) -> None:
         super().begin(reduce=reduce)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import torch
 from ds_core.errors import EngineError, NotBuiltError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
@@ -28,7 +29,12 @@ def sparse_gradient(name: str) -> NotBuiltError:
 
 
 class GradientWindow(ABC):
-    """What a partition asks of its gradients. The state here is that of one backward; subclasses add the storage."""
+    """What a partition asks of its gradients. The state here is that of one backward; subclasses add the storage.
+
+    Note: hooks refer to it weakly. Python's collector does not see what a hook of a tensor refers to, so a window that
+    its parameters' hooks kept alive would keep the parameters alive, for good: an engine that is dropped without
+    ``destroy()`` would never be freed. A hook whose window is gone does nothing.
+    """
 
     def __init__(self) -> None:
         self._in_backward = False
@@ -103,11 +109,18 @@ class LocalGradients(GradientWindow):
         super().__init__()
         self._params = list(params)
         self._names = names
-        self._handles = [param.register_post_accumulate_grad_hook(self._gradient_is_ready) for param in params]
+        hook = self._hook()
+        self._handles = [param.register_post_accumulate_grad_hook(hook) for param in params]
 
-    def _gradient_is_ready(self, param: Tensor) -> None:
-        if not self._in_backward:
-            self.check_in_backward()
+    def _hook(self) -> Callable[[Tensor], None]:
+        of_hook = weakref.ref(self)
+
+        def gradient_is_ready(param: Tensor) -> None:
+            window = of_hook()
+            if window is not None and not window._in_backward:
+                window.check_in_backward()
+
+        return gradient_is_ready
 
     def wait(self) -> None:
         """There is nobody to wait for."""
