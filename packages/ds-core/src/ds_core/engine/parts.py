@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass, field
 from enum import Enum
@@ -113,11 +114,21 @@ class ScheduleStep:
         try:
             self.schedule.step(**kwargs)
         except TypeError as error:
+            if _takes(self.schedule.step, kwargs):
+                raise  # a mistake inside of it, not in how it was called
             raise EngineError(
                 f"{type(self.schedule).__name__}.step() refused its arguments: {error}",
                 where=f"engine.step(lr_kwargs={kwargs!r})",
                 fix='ReduceLROnPlateau needs engine.step(lr_kwargs={"metrics": loss})',
             ) from error
+
+
+def _takes(call: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    try:
+        inspect.signature(call).bind(**kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
