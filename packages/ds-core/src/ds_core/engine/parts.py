@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ds_core.errors import EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from ds_core.interfaces.checkpoint import CheckpointEngine
     from ds_core.interfaces.partition import Partition, SquaredNorm
