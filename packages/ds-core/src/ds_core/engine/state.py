@@ -17,7 +17,7 @@ from ds_core.comm import raise_together, same_on_all_ranks
 from ds_core.engine.rng import capture_rng, restore_rng
 from ds_core.errors import CheckpointError, DsError
 from ds_core.interfaces.logical import BUFFER, GRADIENT, WEIGHT, Chunk, Piece, Snapshot
-from ds_core.log import log_dist, logger
+from ds_core.log import log_dist
 from ds_core.optim.slots import check_groups, group_state, restore_optimizer, slot_pieces, slot_values
 
 if TYPE_CHECKING:
@@ -69,21 +69,27 @@ def save(
     """
     engine = _living(engine, "save_checkpoint")
     directory, tag = _agree_on_place(engine, save_dir, tag)
-    failure: DsError | None = None
+    failure: Exception | None = None
     snapshot = None
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        _make_folder(directory)
         snapshot = _capture(engine, client_state, exclude_frozen)
-    except DsError as error:
+    except Exception as error:
+        # Also what the client's own state_dict raises: the other ranks are waiting for this one.
         failure = error
-    except OSError as error:
-        failure = CheckpointError(
-            f"the folder cannot be made: {error.strerror}", where=str(directory), fix="choose another folder"
-        )
     raise_together(failure, engine.parts.group)
     assert snapshot is not None
     engine.parts.checkpoint.save(directory, tag, snapshot, latest=latest)
     log_dist(f"saved checkpoint {tag!r} in {directory}", level=logging.DEBUG)
+
+
+def _make_folder(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"the folder cannot be made: {error.strerror}", where=str(directory), fix="choose another folder"
+        ) from error
 
 
 def _living(engine: EngineFace, call: str) -> DeepSpeedEngine:
@@ -123,7 +129,7 @@ def _agree_on_place(engine: DeepSpeedEngine, save_dir: str | PathLike[str], tag:
         torch.distributed.broadcast_object_list(told, group=engine.parts.group, group_src=0)
         chosen = told[0]
         if validation == "warn":
-            logger.warning("%s; all use rank 0's tag %r", what, chosen)
+            log_dist(f"{what}; all use rank 0's tag {chosen!r}", level=logging.WARNING)
     return Path(save_dir), chosen
 
 
@@ -185,7 +191,7 @@ def load(
     """
     engine = _living(engine, "load_checkpoint")
     directory = Path(load_dir)
-    failure: DsError | None = None
+    failure: Exception | None = None
     path, client_state = "", {}
     try:
         chosen = read_latest(directory) if tag is None else check_tag(tag)
@@ -193,7 +199,8 @@ def load(
         with engine.parts.checkpoint.open(directory, chosen) as reader:
             _restore(engine, reader, options)
             client_state = decode(reader.state["client_state"])
-    except DsError as error:
+    except Exception as error:
+        # Also a file that this rank cannot read, and what the client's own load_state_dict raises.
         failure = error
     raise_together(failure, engine.parts.group)
     engine.parts.partition.after_load()

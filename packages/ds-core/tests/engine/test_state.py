@@ -1,0 +1,84 @@
+"""Saving and loading as one act of all ranks: whatever one of them meets, the others hear of it and none waits."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+import ds_core
+from ds_core import comm
+from ds_core.testing.ranks import expect_rank_errors, run_ranks
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CONFIG = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+
+
+class WithExtraState(torch.nn.Linear):
+    """Has state of its own, which cannot always be had or set on rank 1."""
+
+    breaks = ""
+
+    def get_extra_state(self) -> dict[str, int]:
+        if self.breaks == "save" and comm.get_rank() == 1:
+            raise RuntimeError("its file is locked")
+        return {"calls": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        if self.breaks == "load" and comm.get_rank() == 1:
+            raise ZeroDivisionError("calls per second")
+        self.loaded = state
+
+
+def start():
+    return ds_core.initialize(model=WithExtraState(3, 1), config=CONFIG)[0]
+
+
+def break_on_rank_1(folder: Path, when: str) -> None:
+    engine = start()
+    engine.module.breaks = when
+    engine.save_checkpoint(folder)
+    engine.load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("when", "own", "told"),
+    [
+        ("save", "RuntimeError: its file is locked", "rank 1 failed: RuntimeError: its file is locked"),
+        ("load", "ZeroDivisionError: calls per second", "rank 1 failed: ZeroDivisionError: calls per second"),
+    ],
+)
+def test_any_error_of_one_rank_reaches_all(when, own, told, tmp_path):
+    errors = expect_rank_errors(partial(break_on_rank_1, tmp_path, when), 2, timeout_s=20)
+    assert sorted(errors) == [0, 1]
+    assert errors[1] == own
+    assert told in errors[0]
+    assert (tmp_path / "latest").exists() is (when == "load")
+
+
+def tags_differ(folder: Path) -> tuple[dict, list[str]]:
+    """Save under two tags with the default of ``tag_validation``; return what is loaded, and the warnings here."""
+    engine = start()
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda entry: warnings.append(entry.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ds_core").addHandler(handler)
+    engine.save_checkpoint(folder, tag=f"of_rank_{comm.get_rank()}")
+    logging.getLogger("ds_core").removeHandler(handler)
+    engine.load_checkpoint(folder)
+    return engine.module.loaded, warnings
+
+
+def test_tags_that_differ_become_rank_0s_with_one_warning(tmp_path):
+    [(first, second)] = run_ranks([partial(tags_differ, tmp_path)], 2)
+    assert first[0] == second[0] == {"calls": 3}
+    assert (tmp_path / "latest").read_text() == "of_rank_0"
+    assert not (tmp_path / "of_rank_1").exists()
+    [warning] = first[1]
+    assert "rank 1 under 'of_rank_1'" in warning
+    assert second[1] == [], "rank 0 speaks for all"
