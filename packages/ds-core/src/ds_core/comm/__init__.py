@@ -9,6 +9,7 @@ from typing import Any
 
 from ds_core.comm.groups import (
     barrier,
+    destroy_at_exit,
     destroy_process_group,
     expected_world_size,
     get_local_rank,
@@ -22,6 +23,7 @@ from ds_core.comm.together import broadcast_tensors, raise_together, same_on_all
 __all__ = [
     "barrier",
     "broadcast_tensors",
+    "destroy_at_exit",
     "destroy_process_group",
     "expected_world_size",
     "get_local_rank",

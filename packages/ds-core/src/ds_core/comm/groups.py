@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
+import importlib
 import os
+import sys
+import weakref
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "barrier",
+    "destroy_at_exit",
     "destroy_process_group",
     "expected_world_size",
     "get_local_rank",
@@ -74,6 +80,9 @@ def init_distributed(
             where="init_distributed",
             fix="pass both, or neither: then the launcher's environment says",
         )
+    # Its functions keep the default group of the moment of their import as default arguments, for good (torch 2.13).
+    # Before there is a group they keep None; see "threads of gloo at the end".
+    importlib.import_module("torch.distributed.nn.functional")
     from torch._C._distributed_c10d import HashStore
 
     from ds_core.accelerator import get_accelerator
@@ -103,6 +112,7 @@ def init_distributed(
         )
     else:
         dist.init_process_group(backend, store=HashStore(), timeout=timeout, rank=0, world_size=1)
+    atexit.register(_leave_in_order)
     if verbose and dist.get_rank() == 0 and dist.get_world_size() > 1:
         logger.info("%d ranks, backend %s", dist.get_world_size(), backend)
 
@@ -116,6 +126,35 @@ def _timeout_of_environment() -> timedelta:
     if timeout <= timedelta(0):
         raise CommError(f"DEEPSPEED_TIMEOUT is {value!r}", where="environment", fix="a positive number of minutes")
     return timeout
+
+
+_owners: weakref.WeakSet[Any] = weakref.WeakSet()
+"""What holds on to a process group and lets it go in ``destroy()``."""
+
+
+def destroy_at_exit(owner: Any) -> None:
+    """Have ``owner.destroy()`` called when the interpreter ends, before the process group goes."""
+    _owners.add(owner)
+
+
+def _leave_in_order() -> None:
+    """Destroy the process group that we made, at the end of a script that did not.
+
+    Note: threads of gloo at the end
+        A gloo thread that lets go of a finished collective may need Python's lock for it. If it asks while the
+        interpreter is being taken down, it is ended in the middle of a C++ destructor and the process dies with
+        "terminate called without an active exception" (seen at torch 2.13 in 1 of 20 short jobs). The threads are
+        joined when the last reference to the group goes, so its owners let go first.
+
+    After an uncaught exception nothing is joined: a collective whose peers never come would keep the process, and with
+    it the job, from ending.
+    """
+    if hasattr(sys, "last_value"):
+        return
+    for owner in list(_owners):
+        owner.destroy()
+    gc.collect()
+    destroy_process_group()
 
 
 def is_initialized() -> bool:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
+from ds_core import comm
 from ds_core.engine.face import EngineFace
-from ds_core.engine.parts import Outcome, Parts, ScheduleStep, StepRecord, global_norm
+from ds_core.engine.parts import Outcome, Parts, StepRecord, global_norm
 from ds_core.errors import EngineError
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class DeepSpeedEngine(EngineFace):
         self.progress = Progress()
         self._seeds: dict[tuple[Any, ...], Tensor] = {}
         self.is_destroyed = False
+        comm.destroy_at_exit(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module returns, unchanged."""
@@ -88,7 +89,7 @@ class DeepSpeedEngine(EngineFace):
         parts = self.parts
         partition = parts.partition
         if parts.optimizer is None:
-            raise self.cannot("backward")
+            raise self._cannot("backward")
         _check_loss(loss)
         window = parts.accumulation
         divisor = window.steps if scale_wrt_gas else 1
@@ -115,7 +116,7 @@ class DeepSpeedEngine(EngineFace):
         """
         parts = self.parts
         if parts.optimizer is None:
-            raise self.cannot("step")
+            raise self._cannot("step")
         at_boundary = parts.accumulation.at_boundary
         parts.accumulation.advance()
         if not at_boundary:
@@ -164,10 +165,7 @@ class DeepSpeedEngine(EngineFace):
             seed = self._seeds[key] = torch.full_like(loss, factor, requires_grad=False)
         return seed
 
-    def cannot(self, call: str) -> EngineError:
-        """Return the error for a ``call`` that this engine has no parts for."""
-        if self.is_destroyed:
-            return EngineError("this engine was destroyed", where=f"engine.{call}", fix="make a new one")
+    def _cannot(self, call: str) -> EngineError:
         return EngineError(
             "this engine has no optimizer, so it only runs forward",
             where=f"engine.{call}",
@@ -175,7 +173,10 @@ class DeepSpeedEngine(EngineFace):
         )
 
     def destroy(self) -> None:
-        """Take the hooks off the model and let buffers go; the model stays usable. Safe to repeat."""
+        """Take the hooks off the model, and let buffers and the process group go. Safe to repeat.
+
+        The model stays usable, as ``engine.module``; every other use of the engine raises.
+        """
         if self.is_destroyed:
             return
         self.is_destroyed = True
@@ -186,7 +187,16 @@ class DeepSpeedEngine(EngineFace):
                 close()
         self.training_dataloader = None
         self._seeds.clear()
-        self.parts = dataclasses.replace(self.parts, optimizer=None, schedule=ScheduleStep(None), observers=[])
+        self.parts = cast("Parts", _Destroyed())
+
+
+class _Destroyed:
+    """What is left of an engine's parts."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise EngineError(
+            "this engine was destroyed", where="engine", fix="make a new one; its model is engine.module as before"
+        )
 
 
 def _check_loss(loss: Any) -> None:

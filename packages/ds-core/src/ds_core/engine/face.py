@@ -32,6 +32,7 @@ class EngineFace(nn.Module):
     """Everything of ``DeepSpeedEngine`` that only reads or forwards."""
 
     parts: Parts
+    module: nn.Module
     progress: Progress
     device: torch.device
     training_dataloader: DeepSpeedDataLoader | None

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from os import PathLike
 
-    from ds_core.engine.engine import DeepSpeedEngine
     from ds_core.engine.face import EngineFace
     from ds_core.interfaces.checkpoint import CheckpointReader
 
@@ -67,7 +66,6 @@ def save(
     Raises:
         CheckpointError: on every rank, with the reason of the one that failed.
     """
-    engine = _living(engine, "save_checkpoint")
     directory, tag = _agree_on_place(engine, save_dir, tag)
     failure: Exception | None = None
     snapshot = None
@@ -92,16 +90,7 @@ def _make_folder(directory: Path) -> None:
         ) from error
 
 
-def _living(engine: EngineFace, call: str) -> DeepSpeedEngine:
-    from ds_core.engine.engine import DeepSpeedEngine
-
-    assert isinstance(engine, DeepSpeedEngine)
-    if engine.is_destroyed:
-        raise engine.cannot(call)
-    return engine
-
-
-def _agree_on_place(engine: DeepSpeedEngine, save_dir: str | PathLike[str], tag: str | None) -> tuple[Path, str]:
+def _agree_on_place(engine: EngineFace, save_dir: str | PathLike[str], tag: str | None) -> tuple[Path, str]:
     """Return directory and tag, the same on every rank; ``checkpoint.tag_validation`` says what if tags differ."""
     failure: DsError | None = None
     chosen = ""
@@ -133,7 +122,7 @@ def _agree_on_place(engine: DeepSpeedEngine, save_dir: str | PathLike[str], tag:
     return Path(save_dir), chosen
 
 
-def _capture(engine: DeepSpeedEngine, client_state: Mapping[str, Any], exclude_frozen: bool) -> Snapshot:
+def _capture(engine: EngineFace, client_state: Mapping[str, Any], exclude_frozen: bool) -> Snapshot:
     parts = engine.parts
     frozen = {name for name, param in engine.module.named_parameters() if not param.requires_grad}
     pieces = [
@@ -189,7 +178,6 @@ def load(
         CheckpointError: on every rank: no such checkpoint, half of one, or one of another model. Tensors loaded until
             then stay loaded.
     """
-    engine = _living(engine, "load_checkpoint")
     directory = Path(load_dir)
     failure: Exception | None = None
     path, client_state = "", {}
@@ -208,7 +196,7 @@ def load(
     return path, client_state
 
 
-def _restore(engine: DeepSpeedEngine, reader: CheckpointReader, options: LoadOptions) -> None:
+def _restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) -> None:
     parts, state = engine.parts, reader.state
     # Everything that can be refused is, before the first tensor changes.
     _check_window(engine, reader, options)
@@ -249,7 +237,7 @@ def _saved_window(reader: CheckpointReader) -> bool:
     return any(of.kind == GRADIENT for of in reader.tensors())
 
 
-def _check_window(engine: DeepSpeedEngine, reader: CheckpointReader, options: LoadOptions) -> None:
+def _check_window(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) -> None:
     if options.module_only or not options.optimizer or not _saved_window(reader):
         return
     here = (engine.dp_world_size, engine.zero_optimization_stage())
@@ -263,7 +251,7 @@ def _check_window(engine: DeepSpeedEngine, reader: CheckpointReader, options: Lo
         )
 
 
-def _restore_weights(engine: DeepSpeedEngine, reader: CheckpointReader, options: LoadOptions) -> None:
+def _restore_weights(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) -> None:
     stored = {(of.name, of.kind): of for of in reader.tensors()}
     wanted = list(engine.parts.partition.pieces())
     excluded = set(reader.state["excluded"])
@@ -299,7 +287,7 @@ def _full_state_dict(reader: CheckpointReader) -> dict[str, torch.Tensor]:
     return {name: piece.data for name, piece in found.items()}
 
 
-def _restore_gradients(engine: DeepSpeedEngine, reader: CheckpointReader) -> None:
+def _restore_gradients(engine: EngineFace, reader: CheckpointReader) -> None:
     rank = comm.get_rank(engine.parts.group)
     pieces = [
         Piece(
