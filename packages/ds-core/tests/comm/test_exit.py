@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 
@@ -23,6 +25,69 @@ engine.step()
 torch.distributed.barrier()
 print("in the script", len(threads()) > before)
 """
+
+
+PEERS = """
+import sys, torch, ds_core
+
+class Breaks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise ValueError("broken on purpose")
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+
+    def forward(self, x, breaks):
+        hidden = self.first(x)
+        return self.last(Breaks.apply(hidden) if breaks else hidden).sum()
+
+engine, *_ = ds_core.initialize(
+    model=Model(),
+    config={
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW"},
+        "partition": {"replicated": {"bucket_bytes": 1}},
+    },
+)
+breaks = engine.global_rank == 1
+if not breaks:
+    print("ready", flush=True)
+    sys.stdin.read()  # until the test lets this rank go on
+engine.backward(engine(torch.ones(1, 2), breaks))
+"""
+
+
+def test_a_rank_that_raised_ends_while_its_peer_is_busy():
+    """It has started a collective by then, which torch would wait for."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", PEERS], env={**os.environ, **job, "RANK": str(rank)}, **pipes)
+        for rank in range(2)
+    ]
+    try:
+        assert ranks[0].stdout.readline() == "ready\n"
+        _, said = ranks[1].communicate(timeout=60)
+        assert ranks[0].poll() is None
+        assert ranks[1].returncode == 1
+        assert said.rstrip().endswith("ValueError: broken on purpose")
+        _, said = ranks[0].communicate(timeout=60)
+        assert ranks[0].returncode == 1
+        assert "CommError: the gradients could not be summed over the ranks" in said
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
 
 
 def run(script: str) -> subprocess.CompletedProcess[str]:

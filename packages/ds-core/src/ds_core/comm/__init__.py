@@ -17,6 +17,7 @@ from ds_core.comm.groups import (
     get_world_size,
     init_distributed,
     is_initialized,
+    leave_collectives_alone,
 )
 from ds_core.comm.together import broadcast_tensors, raise_together, same_on_all_ranks
 
@@ -31,6 +32,7 @@ __all__ = [
     "get_world_size",
     "init_distributed",
     "is_initialized",
+    "leave_collectives_alone",
     "raise_together",
     "same_on_all_ranks",
 ]

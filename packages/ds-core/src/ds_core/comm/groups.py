@@ -27,6 +27,7 @@ __all__ = [
     "get_world_size",
     "init_distributed",
     "is_initialized",
+    "leave_collectives_alone",
 ]
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -137,6 +138,20 @@ def destroy_at_exit(owner: Any) -> None:
     _owners.add(owner)
 
 
+_left_alone: bool = False
+"""A collective was started whose peers may never come."""
+
+
+def leave_collectives_alone() -> None:
+    """Say that a collective is under way that this process gave up on, because it raised in between.
+
+    When the script ends, the process ends at once, with exit code 1: torch would wait for the collective until its
+    timeout, and this rank's failure would not be noticed until then.
+    """
+    global _left_alone
+    _left_alone = True
+
+
 def _leave_in_order() -> None:
     """Destroy the process group that we made, at the end of a script that did not.
 
@@ -149,6 +164,10 @@ def _leave_in_order() -> None:
     After an uncaught exception nothing is joined: a collective whose peers never come would keep the process, and with
     it the job, from ending.
     """
+    if _left_alone:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     if hasattr(sys, "last_value"):
         return
     for owner in list(_owners):
@@ -209,7 +228,10 @@ def barrier(group: ProcessGroup | None = None) -> None:
 
 
 def destroy_process_group(group: ProcessGroup | None = None) -> None:
+    global _left_alone
     import torch.distributed as dist
 
     if is_initialized():
         dist.destroy_process_group(group)
+    if group is None:
+        _left_alone = False

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ds_core import comm
 from ds_core.errors import CommError, EngineError
 from ds_core.partition.arithmetic import plan_buckets
 from ds_core.partition.window import GradientWindow, sparse_gradient
@@ -169,6 +170,11 @@ class Bucketer(GradientWindow):
             # may read gradients between the two. On a GPU only the stream waits.
             self.wait()
 
+    def abort(self) -> None:
+        super().abort()
+        if any(bucket.work is not None for bucket in self.buckets):
+            comm.leave_collectives_alone()
+
     def _start_full_buckets(self) -> None:
         while self._started < len(self.buckets) and self.buckets[self._started].waiting_for == 0:
             self._start_next()
@@ -211,6 +217,7 @@ class Bucketer(GradientWindow):
 
     def _lost(self, bucket: Bucket, error: RuntimeError) -> CommError:
         self._aborted = True
+        comm.leave_collectives_alone()
         first, last = self._names[bucket.params[0]], self._names[bucket.params[-1]]
         return CommError(
             f"the gradients could not be summed over the ranks: {str(error).splitlines()[0]}",
