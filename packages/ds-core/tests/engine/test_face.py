@@ -365,13 +365,14 @@ def test_signatures_are_deepspeeds():
     assert names("compile") == ["backend", "compile_kwargs"]
 
 
-def test_a_destroyed_engine_still_answers():
+def test_a_destroyed_engine_leaves_its_progress_and_its_model(tmp_path):
     engine = start()
     for _ in range(3):
         micro_step(engine)
     engine.destroy()
-    assert (engine.global_steps, engine.optimizer, engine.lr_scheduler) == (1, None, None)
-    assert engine.report()["optimizer"] == "none"
-    assert engine(torch.ones(2, 3)).item() > 0
-    with pytest.raises(EngineError, match="was destroyed"):
-        engine.save_checkpoint("anywhere")
+    assert engine.global_steps == 1
+    assert engine.module(torch.ones(2, 3)).item() > 0
+    assert engine.module_state_dict().keys() == engine.module.state_dict().keys()
+    with pytest.raises(EngineError, match="was destroyed") as caught:
+        engine.save_checkpoint(tmp_path)
+    assert "make a new one" in caught.value.fix
