@@ -82,3 +82,18 @@ def test_compiled_equals_eager_in_one_graph(world_size):
             assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
             for name, weight in expected["weights"].items():
                 torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_of_a_compiled_model_is_one_of_the_model(tmp_path):
+    compiled = ds_core.initialize(model=torch.compile(Model(), backend="aot_eager"), config=CONFIG)[0]
+    for _ in range(2):
+        compiled.backward(compiled(torch.ones(2, 6)))
+        compiled.step()
+    compiled.save_checkpoint(tmp_path)
+    plain = ds_core.initialize(model=Model(), config=CONFIG)[0]
+    plain.load_checkpoint(tmp_path)
+    assert plain.global_steps == 1
+    assert torch.equal(plain.module.head.weight, compiled.module.head.weight)
+    mine, theirs = (engine.optimizer.state[engine.module.head.weight] for engine in (plain, compiled))
+    assert torch.equal(mine["exp_avg"], theirs["exp_avg"])
+    comm.destroy_process_group()

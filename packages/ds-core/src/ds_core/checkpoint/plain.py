@@ -78,7 +78,7 @@ class PlainCheckpoint(CheckpointEngine):
             failure = CheckpointError(
                 f"the checkpoint cannot be written: {error.strerror or error}",
                 where=str(error.filename or folder),
-                fix="free space or choose another folder; what was saved before is untouched",
+                fix="free space or choose another folder; what was complete before can still be loaded",
             )
         except Exception as error:
             # Whatever it is, the other ranks must hear of it: they are waiting for this one.

@@ -19,6 +19,7 @@ from ds_core.engine.observers import MonitorObserver, ProgressLine
 from ds_core.engine.parts import Accumulation, Clip, Parts, ScheduleStep
 from ds_core.errors import CommError, ConfigError, EngineError
 from ds_core.interfaces.engine import EngineProvider
+from ds_core.interfaces.logical import logical_name
 from ds_core.interfaces.partition import Partition, PartitionInputs
 from ds_core.log import log_dist
 from ds_core.optim.build import build_optimizer, check_steps_without_closure, find_optimizer
@@ -129,7 +130,7 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
     assert group is not None
     device = _device(arguments.device_index)
     module.to(device)
-    names = {param: name for name, param in module.named_parameters()}
+    names = {param: logical_name(name) for name, param in module.named_parameters()}
     _check_ranks_agree(module, groups, names, group)
     comm.broadcast_tensors([*module.parameters(), *module.buffers()], group)
     trains = bool(groups) and (arguments.optimizer is not None or config.optimizer is not None)

@@ -16,7 +16,7 @@ from ds_core.checkpoint.jsonable import decode, encode
 from ds_core.comm import raise_together, same_on_all_ranks
 from ds_core.engine.rng import capture_rng, restore_rng
 from ds_core.errors import CheckpointError, DsError
-from ds_core.interfaces.logical import BUFFER, GRADIENT, WEIGHT, Chunk, Piece, Snapshot
+from ds_core.interfaces.logical import BUFFER, GRADIENT, WEIGHT, Chunk, Piece, Snapshot, logical_name
 from ds_core.log import log_dist
 from ds_core.optim.slots import check_groups, group_state, restore_optimizer, slot_pieces, slot_values
 
@@ -124,7 +124,7 @@ def _agree_on_place(engine: EngineFace, save_dir: str | PathLike[str], tag: str 
 
 def _capture(engine: EngineFace, client_state: Mapping[str, Any], exclude_frozen: bool) -> Snapshot:
     parts = engine.parts
-    frozen = {name for name, param in engine.module.named_parameters() if not param.requires_grad}
+    frozen = {logical_name(name) for name, param in engine.module.named_parameters() if not param.requires_grad}
     pieces = [
         piece
         for piece in parts.partition.pieces()
@@ -158,11 +158,15 @@ def _capture(engine: EngineFace, client_state: Mapping[str, Any], exclude_frozen
     return Snapshot(pieces, state, {"rng": encode(capture_rng(engine.device), "random generators")})
 
 
+def _has_extra_state(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
 def _extra_state(module: nn.Module) -> dict[str, Any]:
     return {
-        name: submodule.get_extra_state()
+        logical_name(name): submodule.get_extra_state()
         for name, submodule in module.named_modules()
-        if type(submodule).get_extra_state is not nn.Module.get_extra_state
+        if _has_extra_state(submodule)
     }
 
 
@@ -273,8 +277,8 @@ def _restore_weights(engine: EngineFace, reader: CheckpointReader, options: Load
     reader.read([piece for piece in wanted if (piece.of.name, piece.of.kind) in stored])
     extra_state = decode(reader.state["extra_state"])
     for name, submodule in engine.module.named_modules():
-        if name in extra_state:
-            submodule.set_extra_state(extra_state[name])
+        if _has_extra_state(submodule) and logical_name(name) in extra_state:
+            submodule.set_extra_state(extra_state[logical_name(name)])
 
 
 def _full_state_dict(reader: CheckpointReader) -> dict[str, torch.Tensor]:

@@ -28,6 +28,7 @@ __all__ = [
     "Overlap",
     "Piece",
     "Span",
+    "logical_name",
     "overlaps",
 ]
 
@@ -36,6 +37,15 @@ BUFFER = "buffer"
 MASTER = "master"
 GRADIENT = "gradient"
 """Kinds. An optimizer slot's kind is the optimizer's own word for it, such as ``exp_avg``."""
+
+
+def logical_name(name: str) -> str:
+    """Return the name of a parameter or module without what ``torch.compile`` puts in between.
+
+    >>> logical_name("_orig_mod.layers.0.weight")
+    'layers.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_core.config.section import Section
 from ds_core.errors import NotBuiltError
-from ds_core.interfaces.logical import BUFFER, GRADIENT, WEIGHT, Chunk, LogicalTensor, Piece
+from ds_core.interfaces.logical import BUFFER, GRADIENT, WEIGHT, Chunk, LogicalTensor, Piece, logical_name
 from ds_core.interfaces.partition import Partition, PartitionInputs, SquaredNorm
 from ds_core.ops import best
 from ds_core.partition.arithmetic import assign_writers
@@ -168,13 +168,16 @@ def _in_model_order(params: Sequence[nn.Parameter], names: Mapping[nn.Parameter,
 
 def _stored_tensors(module: nn.Module, world_size: int) -> Iterable[Piece]:
     """Yield the weights and persistent buffers of ``module``, shared ones once, with the rank that writes each."""
-    found: list[tuple[str, str, Tensor]] = [(name, WEIGHT, param) for name, param in module.named_parameters()]
+    found: list[tuple[str, str, Tensor]] = [
+        (logical_name(name), WEIGHT, param) for name, param in module.named_parameters()
+    ]
     transient = {
-        f"{prefix}.{name}" if prefix else name
+        logical_name(f"{prefix}.{name}" if prefix else name)
         for prefix, submodule in module.named_modules()
         for name in submodule._non_persistent_buffers_set
     }
-    found += [(name, BUFFER, buffer) for name, buffer in module.named_buffers() if name not in transient]
+    buffers = [(logical_name(name), BUFFER, buffer) for name, buffer in module.named_buffers()]
+    found += [named for named in buffers if named[0] not in transient]
     writers = assign_writers([tensor.nbytes for _, _, tensor in found], world_size)
     for (name, kind, tensor), some_rank in zip(found, writers, strict=True):
         # Ranks may have different buffers (each its own batch statistics): those of one rank belong together.
