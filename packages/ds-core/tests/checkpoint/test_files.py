@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from ds_core.checkpoint import files
-from ds_core.checkpoint.files import files_of, replace_text, sync_folder, write_safetensors
+from ds_core.checkpoint.files import replace_text, sync_folder, write_safetensors
 from ds_core.errors import CheckpointError
 
 
@@ -300,13 +300,6 @@ def test_a_file_left_by_a_crash_is_overwritten(tmp_path):
 def test_syncing_a_folder_that_is_not_there_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         sync_folder(tmp_path / "nowhere")
-
-
-def test_files_of_lists_files_with_the_suffix_in_order(tmp_path):
-    for name in ("b.x", "a.x", "a.x.tmp", "c.y"):
-        (tmp_path / name).touch()
-    (tmp_path / "folder.x").mkdir()
-    assert [path.name for path in files_of(tmp_path, ".x")] == ["a.x", "b.x"]
 
 
 def test_numpy_reads_the_bytes_as_they_are(tmp_path):

@@ -260,7 +260,7 @@ def different_models() -> None:
 def test_ranks_with_different_models_are_told_so():
     errors = expect_rank_errors(different_models, 2)
     assert sorted(errors) == [0, 1]
-    assert all("the model or its parameter groups differ between ranks: [1]" in text for text in errors.values())
+    assert all("model, parameter groups or configuration differ between ranks: [1]" in text for text in errors.values())
 
 
 def values_after_initialize() -> tuple[torch.Tensor, torch.Tensor]:

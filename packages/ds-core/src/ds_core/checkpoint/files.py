@@ -15,7 +15,7 @@ import torch
 from ds_core.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
     from typing import BinaryIO
 
@@ -132,8 +132,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def files_of(folder: Path, suffix: str) -> Iterator[Path]:
-    """Yield the files in ``folder`` whose names end in ``suffix``, in order."""
-    yield from sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith(suffix))

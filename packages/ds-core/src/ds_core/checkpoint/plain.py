@@ -11,17 +11,19 @@ The files carry sizes, not checksums: a truncated file is refused, a flipped byt
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ds_core.checkpoint.files import files_of, replace_text, sync_folder, write_safetensors
+from ds_core.checkpoint.files import replace_text, sync_folder, write_safetensors
 from ds_core.checkpoint.folder import MANIFEST, complete_tags, write_latest
 from ds_core.comm import raise_together
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.checkpoint import CheckpointEngine, CheckpointReader
 from ds_core.interfaces.logical import Box, Chunk, LogicalTensor, Piece, Snapshot, overlaps
+from ds_core.log import logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,6 +36,7 @@ __all__ = ["FORMAT_VERSION", "PlainCheckpoint", "PlainReader"]
 FORMAT = "ds-plain"
 FORMAT_VERSION = 1
 _SUFFIX = ".safetensors"
+_OURS = re.compile(r"rank_\d{5}-[0-9a-f]{12}\.safetensors(\.tmp)?")
 
 
 class PlainCheckpoint(CheckpointEngine):
@@ -117,11 +120,17 @@ class PlainCheckpoint(CheckpointEngine):
         sync_folder(directory)
         if latest:
             write_latest(directory, tag)
-        for path in files_of(folder, _SUFFIX):
-            if path.name not in names:
+        _remove_leftovers(folder, keep=names)
+
+
+def _remove_leftovers(folder: Path, *, keep: Sequence[str]) -> None:
+    """Remove what earlier saves under the tag left, and nothing of anybody else's; this save is complete by now."""
+    for path in sorted(folder.iterdir()):
+        if _OURS.fullmatch(path.name) and path.name not in keep:
+            try:
                 path.unlink()
-        for path in files_of(folder, _SUFFIX + ".tmp"):
-            path.unlink()
+            except OSError as error:
+                logger.warning("a file of an earlier save cannot be removed: %s: %s", path, error.strerror)
 
 
 def _key(piece: Piece) -> str:

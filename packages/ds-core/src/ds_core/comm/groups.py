@@ -150,6 +150,8 @@ def leave_collectives_alone() -> None:
     """
     global _left_alone
     _left_alone = True
+    # Also where the caller made the process group, and we had no reason to be there at the end.
+    atexit.register(_leave_in_order)
 
 
 def _leave_in_order() -> None:

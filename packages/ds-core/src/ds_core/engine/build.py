@@ -31,16 +31,13 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
-    from ds_core.config import Config
+    from ds_core.config import Config, Section
     from ds_core.interfaces.checkpoint import CheckpointEngine
     from ds_core.interfaces.monitor import Monitor
     from ds_core.interfaces.precision import Precision
     from ds_core.interfaces.scheduler import LRSchedule
 
 __all__ = ["Arguments", "Choice", "PlainEngineProvider", "build_engine", "choose"]
-
-_MONITORS = ("csv_monitor",)
-"""Config sections of the seam ``monitor`` that ds-core's schema has."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,8 @@ class Choice:
     precision: Precision
     partition: type[Partition]
     checkpoint: type[CheckpointEngine]
-    monitors: Mapping[str, type[Monitor]]
+    monitors: Sequence[tuple[type[Monitor], Section]]
+    """Each enabled monitor with its section."""
 
 
 class PlainEngineProvider(EngineProvider):
@@ -87,7 +85,7 @@ def choose(config: Config) -> Choice:
         ConfigError: a plugin refuses its options.
     """
     name, needed_by = _precision_name(config)
-    precision: Precision = registry.load("precision", name, needed_by=needed_by)(config)
+    precision: Precision = _load(config, "precision", name, needed_by)(config)
     stage = config.zero_optimization.stage
     partition = config.partition.type or ("replicated" if stage == 0 else str(stage))
     by = "partition.type" if config.partition.type else f"zero_optimization.stage {stage}"
@@ -95,14 +93,26 @@ def choose(config: Config) -> Choice:
         find_optimizer(config.optimizer.type)
     return Choice(
         precision,
-        registry.load("partition", partition, needed_by=by),
-        registry.load("checkpoint", config.checkpoint.engine, needed_by="checkpoint.engine"),
-        {
-            section: registry.load("monitor", section, needed_by=f"{section}.enabled")
-            for section in _MONITORS
-            if getattr(config, section).enabled
-        },
+        _load(config, "partition", partition, by),
+        _load(config, "checkpoint", config.checkpoint.engine, "checkpoint.engine"),
+        _monitors(config),
     )
+
+
+def _load(config: Config, seam: str, name: str, needed_by: str) -> Any:
+    """Return the plugin's class, its options checked: also those that it would read only later, or on many ranks."""
+    found = registry.load(seam, name, needed_by=needed_by)
+    config.options(seam, name, found.Config)
+    return found
+
+
+def _monitors(config: Config) -> list[tuple[type[Monitor], Section]]:
+    sections = {**dict(config), **config.plugin_sections}
+    return [
+        (registry.load("monitor", name, needed_by=f"{name}.enabled"), sections[name])
+        for name in registry.names("monitor")
+        if getattr(sections.get(name), "enabled", False)
+    ]
 
 
 def _precision_name(config: Config) -> tuple[str, str]:
@@ -131,7 +141,7 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
     device = _device(arguments.device_index)
     module.to(device)
     names = {param: logical_name(name) for name, param in module.named_parameters()}
-    _check_ranks_agree(module, groups, names, group)
+    _check_ranks_agree(module, groups, names, config, group)
     comm.broadcast_tensors([*module.parameters(), *module.buffers()], group)
     trains = bool(groups) and (arguments.optimizer is not None or config.optimizer is not None)
     partition = choice.partition(
@@ -257,18 +267,24 @@ def _check_strangers(groups: Sequence[Mapping[str, Any]], module: nn.Module) -> 
 
 
 def _check_ranks_agree(
-    module: nn.Module, groups: Sequence[Mapping[str, Any]], names: Mapping[nn.Parameter, str], group: ProcessGroup
+    module: nn.Module,
+    groups: Sequence[Mapping[str, Any]],
+    names: Mapping[nn.Parameter, str],
+    config: Config,
+    group: ProcessGroup,
 ) -> None:
     """Compare what every later collective relies on, so that a difference is named here and does not hang there."""
     facts = [f"{name} {list(t.shape)} {t.dtype}" for name, t in (*module.named_parameters(), *module.named_buffers())]
     facts += [f"group {i}: {names[param]}" for i, g in enumerate(groups) for param in g["params"]]
+    sizes = (config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps, config.gradient_clipping)
+    facts.append(f"{sizes} {config.zero_optimization.model_dump()} {config.partition.model_dump()}")
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
     differing = comm.same_on_all_ranks(digest, group)
     if differing:
         raise CommError(
-            f"the model or its parameter groups differ between ranks: {sorted(differing)} differ from rank 0",
+            f"model, parameter groups or configuration differ between ranks: {sorted(differing)} differ from rank 0",
             where="initialize",
-            fix="build the same parameters, in the same order and shapes, with the same requires_grad, on every rank",
+            fix="pass the same configuration and the same parameters (order, shapes, requires_grad) on every rank",
         )
 
 
@@ -317,5 +333,5 @@ def _observers(config: Config, choice: Choice) -> list[Any]:
     if config.steps_per_print is not None:
         found.append(ProgressLine(config.steps_per_print))
     if choice.monitors:
-        found.append(MonitorObserver([cls(getattr(config, name)) for name, cls in choice.monitors.items()]))
+        found.append(MonitorObserver([monitor(section) for monitor, section in choice.monitors]))
     return found

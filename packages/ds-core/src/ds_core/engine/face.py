@@ -144,15 +144,13 @@ class EngineFace(nn.Module):
                 fix=f"use a multiple of {per_micro_step}",
             )
         window = self.parts.accumulation
-        if window.micro_steps % window.steps:
+        if window.in_window:
             raise EngineError(
                 "the batch size cannot change inside an accumulation window",
                 where=f"micro-batch {window.micro_steps}",
                 fix="call set_train_batch_size after a step at the boundary",
             )
         window.steps = train_batch_size // per_micro_step
-        # The count goes on from a multiple of the new window, so that the next micro-batch opens one.
-        window.micro_steps = self.global_steps * window.steps
 
     def is_gradient_accumulation_boundary(self) -> bool:
         return self.parts.accumulation.at_boundary

@@ -38,6 +38,8 @@ class Accumulation:
         """Micro-batches per window."""
         self.micro_steps = 0
         """Micro-batches since training began."""
+        self.in_window = 0
+        """Micro-batches since the last window ended."""
         self.override: bool | None = None
         """What ``set_gradient_accumulation_boundary`` said; it stays until it says otherwise."""
         self.backwards = 0
@@ -47,7 +49,7 @@ class Accumulation:
     def at_boundary(self) -> bool:
         if self.override is not None:
             return self.override
-        return (self.micro_steps + 1) % self.steps == 0
+        return self.in_window + 1 >= self.steps
 
     def advance(self) -> None:
         """End a micro-batch.
@@ -61,6 +63,7 @@ class Accumulation:
                 where=f"micro-batch {self.micro_steps}",
                 fix="call engine.backward(loss) first; loss.backward() called directly is not built yet",
             )
+        self.in_window = 0 if self.at_boundary else self.in_window + 1
         self.backwards = 0
         self.micro_steps += 1
 

@@ -124,6 +124,13 @@ def _agree_on_place(engine: EngineFace, save_dir: str | PathLike[str], tag: str 
 
 def _capture(engine: EngineFace, client_state: Mapping[str, Any], exclude_frozen: bool) -> Snapshot:
     parts = engine.parts
+    window = parts.accumulation
+    if window.backwards:
+        raise CheckpointError(
+            "save_checkpoint was called between a backward and its step",
+            where=f"micro-batch {window.micro_steps}",
+            fix="call it after engine.step()",
+        )
     frozen = {logical_name(name) for name, param in engine.module.named_parameters() if not param.requires_grad}
     pieces = [
         piece
@@ -135,7 +142,9 @@ def _capture(engine: EngineFace, client_state: Mapping[str, Any], exclude_frozen
         "global_steps": progress.global_steps,
         "global_samples": progress.global_samples,
         "skipped_steps": progress.skipped_steps,
-        "micro_steps": parts.accumulation.micro_steps,
+        "micro_steps": window.micro_steps,
+        "in_window": window.in_window,
+        "accumulation": window.steps,
         "stage": engine.zero_optimization_stage(),
         "precision": type(parts.precision).__name__,
         "scaler": encode(parts.precision.scaler.state_dict(), "loss scaler"),
@@ -228,22 +237,25 @@ def _restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions)
     progress.skipped_steps = state["skipped_steps"]
     window = parts.accumulation
     window.backwards = 0
-    # At a boundary only the count of steps carries over: the window may have another length here.
-    in_window = options.optimizer and _saved_window(reader)
-    window.micro_steps = state["micro_steps"] if in_window else state["global_steps"] * window.steps
+    window.micro_steps = state["micro_steps"]
+    # Without its gradients a window starts anew.
+    window.in_window = state["in_window"] if optimizer is not None else 0
     rank = comm.get_rank(parts.group)
     if rank < reader.world_size:
         restore_rng(decode(reader.rank_state(rank)["rng"]), engine.device)
 
 
-def _saved_window(reader: CheckpointReader) -> bool:
-    """Return whether the checkpoint was saved inside an accumulation window."""
-    return any(of.kind == GRADIENT for of in reader.tensors())
-
-
 def _check_window(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) -> None:
-    if options.module_only or not options.optimizer or not _saved_window(reader):
+    if options.module_only or not options.optimizer or engine.optimizer is None or not reader.state["in_window"]:
         return
+    accumulation = reader.state["accumulation"]
+    if engine.gradient_accumulation_steps() != accumulation:
+        raise CheckpointError(
+            f"checkpoint was saved inside an accumulation window of {accumulation} micro-batches, "
+            f"this job's have {engine.gradient_accumulation_steps()}",
+            where="load_checkpoint",
+            fix=f'load it with "gradient_accumulation_steps": {accumulation}, or save at a step boundary',
+        )
     here = (engine.dp_world_size, engine.zero_optimization_stage())
     there = (reader.world_size, reader.state["stage"])
     if here != there:
@@ -267,6 +279,14 @@ def _restore_weights(engine: EngineFace, reader: CheckpointReader, options: Load
     if options.custom is not None:
         options.custom(src=_full_state_dict(reader), dst=engine.module)
         return
+    for piece in wanted:
+        of = stored.get((piece.of.name, piece.of.kind), piece.of)
+        if of.shape != piece.of.shape:
+            raise CheckpointError(
+                f"{of.kind} {of.name!r} is {list(of.shape)} in the checkpoint and {list(piece.of.shape)} in the model",
+                where="load_checkpoint",
+                fix="load it into a model of the same sizes",
+            )
     if options.strict and (missing or extra):
         gone = [piece.of.name for piece in missing]
         raise CheckpointError(

@@ -49,10 +49,6 @@ class Bucket:
         self.waiting_for = 0
         """How many have not."""
         self.work: Work | None = None
-        self.allocate()
-
-    def allocate(self) -> None:
-        """Make fresh storage; what was there is left to whoever still uses it."""
         like = self.params[0]
         self.storage = torch.zeros(self.numel + len(self.params), dtype=like.dtype, device=like.device)
         """``[numel + len(params)]``: gradients, then flags. What the collective moves."""
@@ -89,7 +85,7 @@ class Bucketer(GradientWindow):
             world_size: ranks whose gradients a collective sums.
             start: starts the collective that sums ``bucket.storage`` over the ranks, and returns its handle.
         """
-        super().__init__()
+        super().__init__(names)
         ordered = list(reversed(params))
         plan = plan_buckets(
             [param.nbytes for param in ordered],
@@ -98,10 +94,11 @@ class Bucketer(GradientWindow):
             max(1, bucket_bytes // 25),
         )
         self.buckets = [Bucket(index, [ordered[i] for i in items]) for index, items in enumerate(plan)]
-        self._names = names
         self._world_size = world_size
         self._start = start
         self._reducing = False
+        self._out_of_step = False
+        """A collective was given up on: the next one here would meet another one of the other ranks."""
         self._started = 0
         """Buckets whose collective was started since the gradients were last only this rank's own."""
         self._handles = [
@@ -122,7 +119,7 @@ class Bucketer(GradientWindow):
 
     def _gradient_is_ready(self, bucket: Bucket, place: int, param: Tensor) -> None:
         if not self._in_backward:
-            self.check_in_backward()
+            self.check_in_backward(param)
         if bucket.work is not None:
             # Its slot is in a collective's hands by now; adding to it would corrupt the sum without a word.
             raise EngineError(
@@ -173,7 +170,11 @@ class Bucketer(GradientWindow):
     def abort(self) -> None:
         super().abort()
         if any(bucket.work is not None for bucket in self.buckets):
-            comm.leave_collectives_alone()
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self._aborted = self._out_of_step = True
+        comm.leave_collectives_alone()
 
     def _start_full_buckets(self) -> None:
         while self._started < len(self.buckets) and self.buckets[self._started].waiting_for == 0:
@@ -216,8 +217,7 @@ class Bucketer(GradientWindow):
             bucket.params[place].grad = bucket.slots[place] if used[place] else None
 
     def _lost(self, bucket: Bucket, error: RuntimeError) -> CommError:
-        self._aborted = True
-        comm.leave_collectives_alone()
+        self._give_up()
         first, last = self._names[bucket.params[0]], self._names[bucket.params[-1]]
         return CommError(
             f"the gradients could not be summed over the ranks: {str(error).splitlines()[0]}",
@@ -226,12 +226,13 @@ class Bucketer(GradientWindow):
         )
 
     def clear(self) -> None:
-        if self._aborted:
-            # A collective that never ends may still write to the old storage.
-            for bucket in self.buckets:
-                bucket.work = None
-                bucket.allocate()
-        elif self._started:
+        if self._out_of_step:
+            raise EngineError(
+                "a gradient collective was under way when this rank gave up, so the ranks are no longer in step",
+                where="zero_grad",
+                fix="end this process and start the job again from its last checkpoint",
+            )
+        if self._started and not self._aborted:
             self.wait()
         self._aborted = False
         self._started = 0

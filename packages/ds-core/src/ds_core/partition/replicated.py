@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ds_core.config.section import Section
+from ds_core.config.section import PositiveInt, Section
 from ds_core.errors import NotBuiltError
 from ds_core.interfaces.logical import BUFFER, GRADIENT, WEIGHT, Chunk, LogicalTensor, Piece, logical_name
 from ds_core.interfaces.partition import Partition, PartitionInputs, SquaredNorm
@@ -28,7 +28,7 @@ __all__ = ["ReplicatedConfig", "ReplicatedPartition"]
 class ReplicatedConfig(Section):
     """Options of ``replicated``, ``partition.replicated``."""
 
-    bucket_bytes: int = 25 * 2**20
+    bucket_bytes: PositiveInt = 25 * 2**20
     """Gradients are summed over the ranks in messages of about this many bytes, each as soon as it is complete."""
 
 
@@ -65,8 +65,7 @@ class ReplicatedPartition(Partition):
             )
         else:
             self._gradients = LocalGradients(self._params, inputs.names)
-        self._stored = list(_stored_tensors(inputs.module, self._world_size))
-        self._of = {piece.data: piece for piece in self._stored}
+        self._of = {piece.data: piece for piece in self.pieces()}
 
     def _all_reduce(self, bucket: Bucket) -> Work:
         import torch.distributed as dist
@@ -95,6 +94,7 @@ class ReplicatedPartition(Partition):
         self._gradients.abort()
 
     def reduce(self) -> SquaredNorm:
+        self._gradients.check_whole()
         self._gradients.wait()
         return SquaredNorm(self._sum_of_squares(self._gradients.flats()))
 
@@ -107,9 +107,11 @@ class ReplicatedPartition(Partition):
             param.grad = None
 
     def pieces(self) -> Iterable[Piece]:
-        return self._stored
+        # Anew at each call: a model may rebind its buffers (self.count = self.count + 1).
+        return list(_stored_tensors(self.inputs.module, self._world_size))
 
     def gradient_pieces(self) -> Iterable[Piece]:
+        self._gradients.check_whole()
         for param in self._params:
             if param.grad is not None:
                 yield self._gradient_piece(param, param.grad)

@@ -36,33 +36,44 @@ class GradientWindow(ABC):
     ``destroy()`` would never be freed. A hook whose window is gone does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Mapping[nn.Parameter, str]) -> None:
+        """``names``: of the parameters, for errors."""
+        self._names = names
         self._in_backward = False
         self._aborted = False
         self._handles: list[RemovableHandle] = []
 
-    def check_in_backward(self) -> None:
+    def check_in_backward(self, param: Tensor) -> None:
         """Called by the hook of every parameter.
 
         Raises:
-            EngineError: the gradient did not come from ``engine.backward``.
+            EngineError: the gradient did not come from this engine's ``backward``.
         """
         if not self._in_backward:
+            name = next(known for other, known in self._names.items() if other is param)
             raise EngineError(
-                "a gradient arrived outside engine.backward(loss): loss.backward() called directly is not built yet, "
-                "the engine could not tell which micro-batch it belongs to",
-                where="backward",
-                fix="call engine.backward(loss)",
+                "a gradient arrived outside this engine's backward(loss): loss.backward() called directly is not built "
+                "yet, nor is a loss of one engine that reaches the parameters of another",
+                where=f"parameter {name!r}",
+                fix="call engine.backward(loss); for a model that only passes gradients on: requires_grad_(False)",
             )
 
-    def begin(self, *, reduce: bool) -> None:
-        """Expect the gradients of one backward; ``reduce``: of the last one in the window."""
+    def check_whole(self) -> None:
+        """Called before gradients are used or added to.
+
+        Raises:
+            EngineError: a backward of this window raised.
+        """
         if self._aborted:
             raise EngineError(
                 "the backward before this one raised, so the gradients of this window are incomplete",
                 where="backward",
-                fix="call engine.zero_grad() to start the window anew",
+                fix="call engine.zero_grad() to drop them; the window goes on with the coming micro-batches",
             )
+
+    def begin(self, *, reduce: bool) -> None:
+        """Expect the gradients of one backward; ``reduce``: of the last one in the window."""
+        self.check_whole()
         self._in_backward = True
 
     def end(self) -> None:
@@ -106,9 +117,8 @@ class LocalGradients(GradientWindow):
 
     def __init__(self, params: Sequence[nn.Parameter], names: Mapping[nn.Parameter, str]) -> None:
         """Hook ``params``; ``names`` are for errors."""
-        super().__init__()
+        super().__init__(names)
         self._params = list(params)
-        self._names = names
         hook = self._hook()
         self._handles = [param.register_post_accumulate_grad_hook(hook) for param in params]
 
@@ -118,7 +128,7 @@ class LocalGradients(GradientWindow):
         def gradient_is_ready(param: Tensor) -> None:
             window = of_hook()
             if window is not None and not window._in_backward:
-                window.check_in_backward()
+                window.check_in_backward(param)
 
         return gradient_is_ready
 
