@@ -18,6 +18,8 @@ CONFIG = {
     "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}},
 }
 CYCLES = 100
+BUCKET_BYTES = 4 * (3 * 50 + 50 + 50 + 1 + 4)
+"""Gradients and flags of the model below."""
 
 
 def storages() -> tuple[int, int]:
@@ -90,5 +92,9 @@ def test_engines_that_are_gone_hold_nothing(world_size):
     assert gradients == [[2.0, 2.0, 2.0]] * world_size
     for function, of_ranks in zip(functions, results, strict=True):
         for (early, late), hooks in of_ranks:
-            assert late == early, f"{function.__name__}: (storages, bytes) grew from {early} to {late}"
+            # A thread of gloo may still be letting go of the last engine's bucket; 95 engines that leak one storage
+            # each would be 95 more.
+            text = f"{function.__name__}: (storages, bytes) grew from {early} to {late}"
+            assert late[0] <= early[0] + 1, text
+            assert late[1] <= early[1] + BUCKET_BYTES, text
             assert hooks == [0] * 4

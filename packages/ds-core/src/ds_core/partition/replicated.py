@@ -65,7 +65,7 @@ class ReplicatedPartition(Partition):
             )
         else:
             self._gradients = LocalGradients(self._params, inputs.names)
-        self._of = {piece.data: piece for piece in self.pieces()}
+        self._of = {piece.data: piece for piece in _stored_tensors(inputs.module, self._world_size)}
 
     def _all_reduce(self, bucket: Bucket) -> Work:
         import torch.distributed as dist
