@@ -6,7 +6,7 @@ PyTorch over the data of all ranks, :func:`differences` compares every loss, gra
 Note: the bound
     Both sides add the same numbers in another order. A gradient here is a sum of at most 2**7 products, so orders
     differ by at most 2**7 * 2**-24 = 2**-17 of the largest partial sum, which is of the size of the tensor's largest
-    gradient (at least of 1, the size of what is backpropagated). Measured are 2**-25: rounding errors mostly cancel,
+    gradient (at least of 1, the size of what is backpropagated). Measured are 2**-24: rounding errors mostly cancel,
     which leaves room for layers below each other. A step moves a weight by at most lr times the gradient's error with
     SGD, and lr / eps times it with Adam, whose update has slope at most 1 / eps; ``ADAM_EPS`` is large so that this
     stays small. Over the few steps of a case errors add up. A halved or doubled share of one rank is larger than this
