@@ -20,6 +20,7 @@ __all__ = [
     "DsError",
     "EngineError",
     "LaunchError",
+    "LossScaleError",
     "MissingPackageError",
     "NotBuiltError",
     "PluginError",
@@ -91,6 +92,10 @@ class DataError(DsError, ValueError):
 
 class CheckpointError(DsError, RuntimeError):
     """A checkpoint cannot be written or read."""
+
+
+class LossScaleError(DsError, ArithmeticError):
+    """Gradients overflow at the smallest loss scale allowed; lowering it further is not."""
 
 
 class CommError(DsError, RuntimeError):

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from ds_core.config import Config, Section
     from ds_core.interfaces.logical import Piece
-    from ds_core.interfaces.precision import PrecisionPlan
+    from ds_core.interfaces.precision import ParameterDtypes, PrecisionPlan
 
-__all__ = ["Partition", "PartitionInputs", "SquaredNorm"]
+__all__ = ["OverflowSource", "Partition", "PartitionInputs", "SquaredNorm"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,14 @@ class PartitionInputs:
     """The data-parallel group."""
     device: torch.device
     config: Config
+    find_sources: bool = False
+    """Remember which ranks had inf or NaN of their own, for :meth:`Partition.find_overflow`: one more read of the
+    gradients before each collective."""
+    dtypes: Mapping[nn.Parameter, ParameterDtypes] = field(init=False, repr=False)
+    """What ``plan`` means for each parameter of ``module``."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtypes", self.plan.dtypes_of(self.module))
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,18 @@ class SquaredNorm:
     value: Tensor
     """``[]``, float64 or float32."""
     groups: tuple[ProcessGroup, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class OverflowSource:
+    """Where inf or NaN entered the gradients of a step."""
+
+    parameter: str | None
+    """The first in the order of backward (nearest the loss) whose reduced gradient is not finite; None: every gradient
+    is finite, but the sum of their squares is not."""
+    ranks: tuple[int, ...] | None
+    """Places in the data-parallel group that had it before the reduction; empty: none, only the sum over ranks is not
+    finite; None: not known, see ``PartitionInputs.find_sources``."""
 
 
 class Partition(ABC):
@@ -110,6 +130,13 @@ class Partition(ABC):
         """
 
     @abstractmethod
+    def find_overflow(self) -> OverflowSource:
+        """Say where inf or NaN came from. Every rank calls it, between :meth:`reduce` and :meth:`clear_gradients`.
+
+        Called only where the norm is not finite, so it may be slow and may communicate.
+        """
+
+    @abstractmethod
     def publish(self) -> None:
         """Bring what the optimizer updated to the parameters the model computes with."""
 
@@ -131,7 +158,11 @@ class Partition(ABC):
 
     @abstractmethod
     def after_load(self) -> None:
-        """Called once the tensors of :meth:`pieces` were filled: makes the copies agree. Collective."""
+        """Called once the tensors of :meth:`pieces` were filled: makes the copies agree, masters first. Collective."""
+
+    @abstractmethod
+    def refresh_masters(self) -> None:
+        """Begin anew from the model's parameters, which somebody else has written to."""
 
     def report(self) -> Mapping[str, str]:
         """Return what a user may want to know: option or buffer -> its effect here."""
