@@ -396,10 +396,28 @@ CASES: list[tuple[str, dict[Any, Any], list[str]]] = [
     ),
     (
         "communication dtype",
-        {**BATCH, "communication_data_type": "bf16"},
+        {**BATCH, "communication_data_type": "fp61"},
         [
-            'communication_data_type: got "bf16", which is not built yet; only null is accepted',
+            'communication_data_type: got "fp61", allowed are "float16", "bfloat16" or "float32"',
+        ],
+    ),
+    (
+        "communication dtype of sequences",
+        {**BATCH, "seq_parallel_communication_data_type": "bf16"},
+        [
+            'seq_parallel_communication_data_type: got "bf16", which is not built yet; only "float32" is accepted',
             "  fix: remove it",
+        ],
+    ),
+    (
+        "unknown dtypes of data",
+        {**BATCH, "data_types": {"grad_accum_dtype": "int8", "buffer_dtype": 16, "grad_dtype": "fp32"}},
+        [
+            "3 problems in the configuration",
+            '  data_types.grad_accum_dtype: got "int8", allowed are "float16", "bfloat16" or "float32"',
+            '  data_types.buffer_dtype: got 16, allowed are "float16", "bfloat16" or "float32"',
+            '  data_types.grad_dtype: unknown key (its value is "fp32")',
+            '    fix: did you mean "grad_accum_dtype"?',
         ],
     ),
     (

@@ -21,7 +21,6 @@ OFF = [
     ("compression_training", {"weight_quantization": {"shared_parameters": {"enabled": False, "quantize_groups": 1}}}),
     ("data_efficiency", {"enabled": False, "seed": 7}),
     ("data_efficiency", {"seed": 1234, "data_routing": {"enabled": False}}),
-    ("data_types", {"grad_accum_dtype": None}),
     ("elasticity", {"enabled": False, "max_train_batch_size": 2000}),
     ("flops_profiler", {"enabled": "auto", "profile_step": 5}),
     (
@@ -41,7 +40,6 @@ ON = [
     ("amp", {"opt_level": "O1"}),
     ("compile", {"deepcompile": True}),
     ("compression_training", {"weight_quantization": {"shared_parameters": {"enabled": True}}}),
-    ("data_types", {"grad_accum_dtype": "fp32"}),
     ("elasticity", {"enabled": 1}),
     ("pipeline", {"partition": "uniform"}),
     ("tensor_parallel", {"autotp_size": 2}),

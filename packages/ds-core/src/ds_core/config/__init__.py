@@ -14,7 +14,7 @@ from ds_core.config.face import DeepSpeedConfig
 from ds_core.config.loading import find_problems, load_config
 from ds_core.config.monitors import CsvMonitorSection
 from ds_core.config.optimizer import OptimizerSection, SchedulerSection
-from ds_core.config.precision import Bf16Section, Fp16Section, TorchAutocastSection
+from ds_core.config.precision import Bf16Section, DataTypesSection, Fp16Section, TorchAutocastSection
 from ds_core.config.problems import Problem
 from ds_core.config.section import Count, DtypeName, Int, NotBuilt, Number, PositiveInt, Section, key
 from ds_core.config.zero import OffloadOptimizerSection, OffloadParamSection, ZeroSection
@@ -42,6 +42,7 @@ __all__ = [
     "Bf16Section",
     "CheckpointSection",
     "CsvMonitorSection",
+    "DataTypesSection",
     "Fp16Section",
     "OffloadOptimizerSection",
     "OffloadParamSection",

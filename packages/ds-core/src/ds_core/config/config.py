@@ -10,9 +10,9 @@ from pydantic import AliasChoices, BeforeValidator, Field, PrivateAttr
 from ds_core.config.choices import CheckpointSection, ChoiceSection, PartitionSection, PrecisionSection
 from ds_core.config.monitors import CsvMonitorSection
 from ds_core.config.optimizer import OptimizerSection, SchedulerSection
-from ds_core.config.precision import Bf16Section, Fp16Section, TorchAutocastSection
+from ds_core.config.precision import Bf16Section, DataTypesSection, Fp16Section, TorchAutocastSection
 from ds_core.config.problems import raise_problems, validate
-from ds_core.config.section import Count, Int, NotBuilt, Number, PositiveInt, Section, lowered
+from ds_core.config.section import Count, DtypeName, Int, NotBuilt, Number, PositiveInt, Section, lowered
 from ds_core.config.zero import ZeroSection
 from ds_core.errors import ConfigError
 
@@ -43,7 +43,6 @@ def _never(value: Any) -> Any:
 
 Steps = Annotated[PositiveInt | None, BeforeValidator(_never)]
 Lowered = BeforeValidator(lowered)
-CommDtype = Annotated[Literal["fp16", "bf16", "fp32"] | None, Lowered]
 ONLY_LEGACY = 'which is read only beside the legacy form "zero_optimization": true'
 
 
@@ -77,9 +76,9 @@ class Config(Section):
     """Divide by this before the sum and by the rest after it."""
     gradient_allreduce_op: Annotated[Literal["mean", "sum"], Lowered, NotBuilt("mean")] = "mean"
     """What becomes of the gradients of different ranks."""
-    communication_data_type: Annotated[CommDtype, NotBuilt(None)] = None
+    communication_data_type: DtypeName | None = None
     """Dtype of gradients inside a collective; null is the precision's own."""
-    seq_parallel_communication_data_type: Annotated[CommDtype, NotBuilt("fp32")] = "fp32"
+    seq_parallel_communication_data_type: Annotated[DtypeName | None, NotBuilt("float32")] = "float32"
     """The same, with sequence parallelism."""
     sparse_gradients: Annotated[bool, NotBuilt(False)] = False
     """Reduce gradients of embeddings as sparse tensors."""
@@ -122,6 +121,8 @@ class Config(Section):
     """bfloat16 weights and fp32 masters."""
     torch_autocast: TorchAutocastSection = Field(default_factory=TorchAutocastSection)
     """fp32 weights, forward under ``torch.autocast``."""
+    data_types: DataTypesSection = Field(default_factory=DataTypesSection)
+    """Dtypes that hold whatever the precision is."""
     precision: PrecisionSection = Field(default_factory=PrecisionSection)
     """A precision that is not DeepSpeed's."""
     partition: PartitionSection = Field(default_factory=PartitionSection)

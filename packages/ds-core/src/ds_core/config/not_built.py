@@ -27,7 +27,6 @@ SECTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "compression_training": (_CORE, {}),
     "curriculum_learning": (_CORE, {}),
     "data_efficiency": (_CORE, {"seed": 1234}),
-    "data_types": (_CORE, {}),
     "datastates_ckpt": ("ds-ckpt", {}),
     "eigenvalue": (_CORE, {}),
     "elasticity": (_CORE, {}),

@@ -1,4 +1,4 @@
-"""Sections ``fp16``, ``bf16`` and ``torch_autocast``; what they do is in the plugin that each enables."""
+"""Sections ``fp16``, ``bf16`` and ``torch_autocast``, each of which enables a plugin, and ``data_types``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ds_core.config.section import Count, DtypeName, Number, PositiveInt, Section, key
 
-__all__ = ["Bf16Section", "Fp16Section", "TorchAutocastSection"]
+__all__ = ["Bf16Section", "DataTypesSection", "Fp16Section", "TorchAutocastSection"]
 
 
 class Fp16Section(Section):
@@ -63,3 +63,14 @@ class TorchAutocastSection(Section):
         "torch.nn.Conv3d",
     )
     """Classes whose parameters are communicated in the lower precision, as dotted names."""
+
+
+class DataTypesSection(Section):
+    """Dtypes that hold whatever the precision is."""
+
+    grad_accum_dtype: DtypeName | None = None
+    """Dtype in which gradients are summed over micro-batches; null is that of the weights."""
+    param_dtype: DtypeName | None = None
+    """Dtype of the weights; ``fp16`` and ``bf16`` decide it, so anything but their choice is an error."""
+    buffer_dtype: DtypeName | None = None
+    """Dtype that floating-point buffers are cast to; null leaves them as they are."""
