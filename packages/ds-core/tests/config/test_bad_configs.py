@@ -273,9 +273,10 @@ CASES: list[tuple[str, dict[Any, Any], list[str]]] = [
     ),
     (
         "zero window",
-        {**BATCH, "fp16": {"loss_scale_window": 0}},
+        {**BATCH, "fp16": {"enabled": True, "loss_scale_window": 0}},
         [
             "fp16.loss_scale_window: got 0, must be at least 1",
+            "  fix: write 1 or more, or remove it",
         ],
     ),
     (
@@ -687,7 +688,7 @@ CASES: list[tuple[str, dict[Any, Any], list[str]]] = [
             "    fix: remove it",
             "  fp16.loss_scale: got -1, must be at least 0",
             "  bf16.x: unknown key (its value is 2)",
-            "    fix: allowed are bf16_master_weights_and_grads, bf16_optimizer_states, check_grad_overflow, check_overflow, enabled, immediate_grad_update",
+            "    fix: allowed are auto_cast, bf16_master_weights_and_grads, bf16_optimizer_states, check_grad_overflow, check_overflow, enabled, immediate_grad_update",
             '  partition.type: got "rows", and zero_optimization.stage is 1',
             '    fix: remove "type" from "partition", or set "stage" to 0',
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pydoc
 from typing import Any
 
 import pytest
@@ -45,3 +46,52 @@ def test_dtypes_not_given() -> None:
     config = load()
     assert config.data_types == DataTypesSection(grad_accum_dtype=None, param_dtype=None, buffer_dtype=None)
     assert config.communication_data_type is None
+
+
+def test_autocast_not_given() -> None:
+    section = load(torch_autocast={"enabled": True, "dtype": None, "lower_precision_safe_modules": None}).torch_autocast
+    assert section.dtype == "bfloat16"
+    found = [pydoc.locate(name) for name in section.lower_precision_safe_modules]
+    assert found == [torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d]
+
+
+def test_safe_modules_keep_their_order() -> None:
+    names = ["torch.nn.LayerNorm", "torch.nn.Linear"]
+    section = load(torch_autocast={"lower_precision_safe_modules": names}).torch_autocast
+    assert section.lower_precision_safe_modules == tuple(names)
+
+
+def test_casts_are_off_unless_given() -> None:
+    assert (load().fp16.auto_cast, load().bf16.auto_cast) == (False, False)
+    config = load(fp16={"auto_cast": True}, bf16={"auto_cast": True})
+    assert (config.fp16.auto_cast, config.bf16.auto_cast) == (True, True)
+
+
+def test_what_a_dynamic_scaler_is_made_of() -> None:
+    section = load(
+        fp16={
+            "initial_scale_power": "20",
+            "loss_scale_window": 500.0,
+            "hysteresis": 4,
+            "consecutive_hysteresis": True,
+            "min_loss_scale": 8,
+        }
+    ).fp16
+    assert section.initial_dynamic_scale() == 2**20
+    assert section.dynamic_loss_scale_args() == {
+        "init_scale": 2**20,
+        "scale_window": 500,
+        "delayed_shift": 4,
+        "consecutive_hysteresis": True,
+        "min_scale": 8,
+    }
+
+
+def test_what_a_dynamic_scaler_is_made_of_by_default() -> None:
+    assert load().fp16.dynamic_loss_scale_args() == {
+        "init_scale": 65536,
+        "scale_window": 1000,
+        "delayed_shift": 2,
+        "consecutive_hysteresis": False,
+        "min_scale": 1,
+    }

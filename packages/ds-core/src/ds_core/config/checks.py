@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ds_core._packages import PACKAGE_OF_PLUGIN
+from ds_core.config.precision_rules import PRECISION_RULES
 from ds_core.config.problems import Problem, dotted
 from ds_core.config.section import AUTO, show
 
@@ -51,25 +52,6 @@ def _leaves(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str
             yield from _leaves(item, (*path, index))
     elif isinstance(value, str):
         yield path, value
-
-
-def _one_precision(config: Config) -> Iterator[Problem]:
-    if config.fp16.enabled and config.bf16.enabled:
-        yield Problem(
-            "fp16.enabled",
-            "got true, and bf16.enabled is true as well",
-            "enable one of the two, bf16 if the device has it",
-        )
-
-
-def _own_precision(config: Config) -> Iterator[Problem]:
-    for name in ("fp16", "bf16", "torch_autocast"):
-        if config.precision.type is not None and getattr(config, name).enabled:
-            yield Problem(
-                "precision.type",
-                f"got {show(config.precision.type)}, and {name}.enabled is true as well",
-                f'remove "type" from "precision", or set "enabled" of "{name}" to false',
-            )
 
 
 def _own_partition(config: Config) -> Iterator[Problem]:
@@ -121,8 +103,7 @@ def _plugin_names(section_name: str) -> Rule:
 
 
 RULES: list[tuple[set[str], Rule]] = [
-    ({"fp16", "bf16"}, _one_precision),
-    ({"precision", "fp16", "bf16", "torch_autocast"}, _own_precision),
+    *PRECISION_RULES,
     ({"partition", "zero_optimization"}, _own_partition),
     ({"zero_optimization"}, _offload_ratio),
     ({"optimizer"}, _no_max_grad_norm),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
-from ds_core.config.section import Count, DtypeName, Number, PositiveInt, Section, key
+from ds_core.config.section import Count, DtypeName, Int, Number, PositiveInt, Section, key
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["Bf16Section", "DataTypesSection", "Fp16Section", "TorchAutocastSection"]
 
@@ -17,21 +21,43 @@ class Fp16Section(Section):
     enabled: bool = False
     """Train in fp16."""
     auto_cast: bool = False
-    """Cast positional floating-point inputs of forward to half."""
+    """Cast floating-point inputs of forward to half, positional and keyword ones, however deep in lists and dicts."""
     loss_scale: Annotated[Number, Field(ge=0)] = 0.0
     """Constant factor of the loss; 0 finds it while training."""
     initial_scale_power: Count = 16
     """The found scale starts at two to this power."""
-    loss_scale_window: PositiveInt = 1000
-    """Steps without overflow after which the scale doubles."""
+    loss_scale_window: Int = 1000
+    """Steps without overflow after which the scale doubles; below 1 is an error where the scale is found."""
     hysteresis: PositiveInt = 2
     """Overflows before the scale is halved."""
     consecutive_hysteresis: bool = False
     """A step without overflow gives the hysteresis back."""
-    min_loss_scale: PositiveInt = 1
-    """The found scale never falls below this."""
+    min_loss_scale: Int = 1
+    """The found scale never falls below this; below 1 is an error where the scale is found."""
     fp16_master_weights_and_grads: bool = False
     """Master weights and gradients in fp16; ZeRO with CPU offload only."""
+
+    def initial_dynamic_scale(self) -> int:
+        """Return the loss scale that training starts with where it is found.
+
+        >>> Fp16Section(initial_scale_power=4).initial_dynamic_scale()
+        16
+        """
+        return 1 << self.initial_scale_power
+
+    def dynamic_loss_scale_args(self) -> dict[str, Any]:
+        """Return what a loss scaler that finds the scale is made of, under DeepSpeed's names.
+
+        >>> sorted(Fp16Section().dynamic_loss_scale_args())
+        ['consecutive_hysteresis', 'delayed_shift', 'init_scale', 'min_scale', 'scale_window']
+        """
+        return {
+            "init_scale": self.initial_dynamic_scale(),
+            "scale_window": self.loss_scale_window,
+            "delayed_shift": self.hysteresis,
+            "consecutive_hysteresis": self.consecutive_hysteresis,
+            "min_scale": self.min_loss_scale,
+        }
 
 
 class Bf16Section(Section):
@@ -39,8 +65,10 @@ class Bf16Section(Section):
 
     enabled: bool = False
     """Train in bf16."""
+    auto_cast: bool = False
+    """Cast floating-point inputs of forward to bf16, as ``fp16.auto_cast`` does; DeepSpeed has no such key here."""
     immediate_grad_update: bool = False
-    """Add each gradient to the fp32 one as soon as autograd made it."""
+    """Accepted: each gradient is added to the accumulated one as soon as autograd made it, in any case."""
     check_grad_overflow: bool = key("check_grad_overflow", "check_overflow", default=True)
     """Skip a step whose gradients hold inf or NaN."""
     bf16_master_weights_and_grads: bool = False
@@ -49,20 +77,34 @@ class Bf16Section(Section):
     """Optimizer state in bf16; needs ``bf16_master_weights_and_grads``."""
 
 
+def _dotted(name: str) -> str:
+    if "." not in name or not all(part.isidentifier() for part in name.split(".")):
+        raise PydanticCustomError("dotted_name", 'must be a dotted name such as "torch.nn.Linear"')
+    return name
+
+
 class TorchAutocastSection(Section):
     """fp32 weights, forward under ``torch.autocast``."""
 
     enabled: bool = False
     """Run forward under autocast."""
     dtype: DtypeName = "bfloat16"
-    """The lower precision."""
-    lower_precision_safe_modules: tuple[str, ...] = (
-        "torch.nn.Linear",
-        "torch.nn.Conv1d",
-        "torch.nn.Conv2d",
-        "torch.nn.Conv3d",
+    """The lower precision, float16 or bfloat16; null is the default."""
+    lower_precision_safe_modules: tuple[Annotated[str, AfterValidator(_dotted)], ...] = (
+        "torch.nn.modules.linear.Linear",
+        "torch.nn.modules.conv.Conv1d",
+        "torch.nn.modules.conv.Conv2d",
+        "torch.nn.modules.conv.Conv3d",
     )
-    """Classes whose parameters are communicated in the lower precision, as dotted names."""
+    """Classes whose own parameters are communicated in the lower precision, as dotted names; null is the default."""
+
+    @classmethod
+    def prepare(cls, data: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Read null as the default, which is what DeepSpeed's own defaults are written as."""
+        optional = ("dtype", "lower_precision_safe_modules")
+        return {
+            name: value for name, value in super().prepare(data).items() if value is not None or name not in optional
+        }
 
 
 class DataTypesSection(Section):
@@ -71,6 +113,6 @@ class DataTypesSection(Section):
     grad_accum_dtype: DtypeName | None = None
     """Dtype in which gradients are summed over micro-batches; null is that of the weights."""
     param_dtype: DtypeName | None = None
-    """Dtype of the weights; ``fp16`` and ``bf16`` decide it, so anything but their choice is an error."""
+    """Dtype of the weights: float16 with ``fp16``, bfloat16 with ``bf16``, else float32; anything else is an error."""
     buffer_dtype: DtypeName | None = None
     """Dtype that floating-point buffers are cast to; null leaves them as they are."""

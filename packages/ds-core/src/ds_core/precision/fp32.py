@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ds_core.interfaces.precision import LossScaler, Precision, PrecisionPlan
+from ds_core.precision.plans import plan_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from ds_core.config import Config as Configuration
 
 __all__ = ["Fp32", "NoScaling"]
 
@@ -30,11 +35,20 @@ class NoScaling(LossScaler):
 class Fp32(Precision):
     """Parameters, gradients and optimizer state as the model was given, usually fp32.
 
-    A step whose gradients are inf or NaN is applied, as plain PyTorch does.
+    ``data_types`` and ``communication_data_type`` hold here too; with ``data_types.param_dtype`` the parameters become
+    fp32 whatever they were. A step whose gradients are inf or NaN is applied, as plain PyTorch does.
     """
 
-    plan = PrecisionPlan()
     scaler = NoScaling()
+
+    def __init__(self, config: Configuration) -> None:
+        super().__init__(config)
+        # The configuration is checked: here param_dtype can only be float32, or not be given.
+        self._plan = plan_for(config, stored=torch.float32 if config.data_types.param_dtype else None)
+
+    @property
+    def plan(self) -> PrecisionPlan:
+        return self._plan
 
     def overflowed(self, norm: float) -> bool:
         return False
