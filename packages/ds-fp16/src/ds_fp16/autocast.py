@@ -197,13 +197,11 @@ def get_autocast_dtype(engine: DeepSpeedEngine) -> torch.dtype | None:
 def autocast_if_enabled(engine: DeepSpeedEngine) -> contextlib.AbstractContextManager[object]:
     """Return a context in which code computes as in this engine's forward.
 
-    With autocast the engine's device and dtype win over an autocast around it. Without, the context does nothing: an
-    autocast around it stays, as it does around a plain module.
+    The engine's word holds, also inside an autocast of the caller's: its device and dtype if it has one, else none.
     """
-    dtype = get_autocast_dtype(engine)
+    dtype, device = get_autocast_dtype(engine), engine.device.type
+    is_inside_another = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype
     if dtype is None:
-        return contextlib.nullcontext()
-    device = engine.device.type
-    inside_another = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype
+        return torch.autocast(device, enabled=False) if is_inside_another else contextlib.nullcontext()
     # Torch keeps cast weights until the outermost autocast ends, and does not ask in which dtype (torch 2.13).
-    return torch.autocast(device, dtype=dtype, cache_enabled=False if inside_another else None)
+    return torch.autocast(device, dtype=dtype, cache_enabled=False if is_inside_another else None)
