@@ -202,6 +202,7 @@ class Scaling(NoScaling):
 
 class Scaled(Fp32):
     plan = PrecisionPlan(stored=torch.float16, master=torch.float32)
+    skips_overflow = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -236,6 +237,10 @@ class NeverSkips(Scaled):
         return False
 
 
+class SkipsUnannounced(Scaled):
+    skips_overflow = False
+
+
 @pytest.mark.parametrize(
     ("broken", "test"),
     [
@@ -245,6 +250,7 @@ class NeverSkips(Scaled):
             NeverSkips,
             lambda cls, config: PrecisionContract().test_a_scaled_loss_that_overflowed_is_skipped(cls(config)),
         ),
+        (SkipsUnannounced, lambda cls, config: PrecisionContract().test_what_may_skip_says_so(cls(config))),
     ],
 )
 def test_broken_precisions_are_caught(broken, test):
