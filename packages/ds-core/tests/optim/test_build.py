@@ -99,6 +99,22 @@ def test_a_misspelt_name_gets_the_nearest():
         find_optimizer("Adagard")
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_parameter_of_16_bits_moves_as_one_of_32(name, dtype):
+    # 70 elements: whole vectors of every CPU, and a rest. torch's fused SGD moved only the rest.
+    start, gradient = torch.linspace(-2, 2, 70).to(dtype), torch.linspace(1, 3, 70).to(dtype)
+    ends = []
+    for of in (dtype, torch.float32):
+        param = torch.nn.Parameter(start.to(of, copy=True))
+        param.grad = gradient.to(of)
+        build_optimizer(name, {"lr": 0.25}, [{"params": [param]}]).step()
+        ends.append(param.detach().float())
+    assert (ends[1] - start.float()).abs().min() > 0.2
+    # One rounding of numbers up to 4, and a few inside of a step of 0.25 to 0.75.
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
 def test_a_closure_that_is_needed_is_refused_by_name():
     params = [torch.ones(2, requires_grad=True)]
     with pytest.raises(ConfigError, match="LBFGS needs a closure"):

@@ -51,7 +51,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimizer of the configuration over ``param_groups``.
 
-    torch's one-kernel (``fused``) update is used where the class has one and ``params`` does not choose.
+    torch's one-kernel (``fused``) update is used where the class has one that works and ``params`` does not choose.
 
     Raises:
         ConfigError: a parameter the optimizer does not know or cannot use.
@@ -71,7 +71,7 @@ def build_optimizer(
             fix=f"one of {', '.join(allowed)}",
         )
     if "fused" in known and not {"fused", "foreach", "differentiable"} & set(options):
-        options["fused"] = True
+        options["fused"] = not (_is_sgd(factory) and _has_16_bit_on_cpu(param_groups))
     try:
         optimizer = factory(param_groups, **options)
     except (TypeError, ValueError) as error:
@@ -82,6 +82,23 @@ def build_optimizer(
         ) from error
     check_steps_without_closure(optimizer)
     return optimizer
+
+
+def _is_sgd(factory: Any) -> bool:
+    return isinstance(factory, type) and issubclass(factory, torch.optim.SGD)
+
+
+def _has_16_bit_on_cpu(param_groups: list[dict[str, Any]]) -> bool:
+    """Return whether torch's fused SGD would leave parameters as they are, without a word.
+
+    Its CPU kernel does not write whole vectors of fp16 and bf16 in torch 2.12 and 2.13
+    (https://github.com/pytorch/pytorch/issues/191763).
+    """
+    return any(
+        param.device.type == "cpu" and param.dtype in (torch.float16, torch.bfloat16)
+        for group in param_groups
+        for param in group["params"]
+    )
 
 
 def check_steps_without_closure(optimizer: torch.optim.Optimizer) -> None:
