@@ -26,6 +26,7 @@ PUBLIC = {
     "DeepSpeedConfigError",
     "DeepSpeedDataLoader",
     "DeepSpeedEngine",
+    "DeepSpeedOptimizer",
     "DsError",
     "LAMB_OPTIMIZER",
     "MUON_OPTIMIZER",

@@ -69,7 +69,6 @@ LATER: dict[str, str] = {
     "domino": "ds-zero",
     "compile": "ds-core",
     "utils": "ds-core",
-    "DeepSpeedOptimizer": "ds-fp16",
     "DeepSpeedOptimizerCallable": "ds-core",
     "DeepSpeedSchedulerCallable": "ds-core",
     "is_compile_supported": "ds-core",
