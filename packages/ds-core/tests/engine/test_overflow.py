@@ -177,7 +177,7 @@ class ScaleAtMinimumError(LossScaleError):
 
 OTHERWISE = (
     "lower the learning rate, clip harder (gradient_clipping), "
-    "or train in bf16 (bf16.enabled), which needs no loss scale"
+    "or train in bf16 (bf16.enabled), which needs no loss scale; none of it cures a NaN in data or weights"
 )
 
 

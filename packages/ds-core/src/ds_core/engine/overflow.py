@@ -132,6 +132,11 @@ class OverflowHistory:
     Args:
         capacity: how many records are kept.
         is_dynamic: the loss scale moves, so an overflow is how it learns.
+
+    >>> history = OverflowHistory(is_dynamic=True)
+    >>> history.note(OverflowRecord(12, 65536.0, "up.weight", "up", "Linear", (1,), float("inf"), skipped=True))
+    >>> history.worst_modules(1)
+    [('up', 1)]
     """
 
     def __init__(self, capacity: int = CAPACITY, *, is_dynamic: bool = False) -> None:
@@ -184,7 +189,7 @@ class OverflowHistory:
         place = f"look at {_called(worst[0][0], self._types[worst[0][0]])}: normalise its input, " if worst else ""
         fix = (
             f"{place}lower the learning rate, clip harder (gradient_clipping), "
-            "or train in bf16 (bf16.enabled), which needs no loss scale"
+            "or train in bf16 (bf16.enabled), which needs no loss scale; none of it cures a NaN in data or weights"
         )
         return type(error)("\n".join(lines), where=error.where, fix=fix)
 
