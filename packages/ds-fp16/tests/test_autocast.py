@@ -199,9 +199,7 @@ class TestEngines:
             assert plain.module(torch.ones(1, 2)).dtype == torch.float32
 
     @pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), (torch.float16, torch.float16)])
-    def test_the_engines_word_holds_inside_another_autocast(
-        self, dtype: torch.dtype | None, expected: torch.dtype
-    ) -> None:
+    def test_the_engines_word_holds_inside_another(self, dtype: torch.dtype | None, expected: torch.dtype) -> None:
         model = nn.Linear(2, 2)
         with torch.autocast("cpu", torch.bfloat16):
             assert model(torch.ones(1, 2)).dtype == torch.bfloat16

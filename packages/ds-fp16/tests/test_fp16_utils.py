@@ -250,7 +250,7 @@ def test_training_by_hand_follows_fp32() -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
         plain.step()
-    # Clipped gradients of norm 1 and rate 0.1 move a weight by 1 in 10 steps; each is right to about 4 roundings of fp16.
+    # Clipped gradients of norm 1 and rate 0.1 move a weight by 1 in 10 steps, each right to some 4 roundings of fp16.
     for master, expected in zip(masters, reference.parameters(), strict=True):
         assert (master - expected).abs().max() < 2**-9
 
