@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ds_core
-from ds_core import comm
+from ds_core import comm, registry
 from ds_core.errors import (
     CheckpointError,
     ConfigError,
@@ -113,8 +113,12 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
-def test_bad_arguments_are_told_before_a_process_group_is_touched(name):
+def test_bad_arguments_are_told_before_a_process_group_is_touched(name, monkeypatch):
     arguments, kind, text = BAD_ARGUMENTS[name]
+    # As where nothing but ds-core is installed.
+    installed = registry.installed
+    own = {seam: tuple(found for found in installed(seam) if found.package == "ds-core") for seam in registry.SEAMS}
+    monkeypatch.setattr(registry, "installed", own.__getitem__)
     with pytest.raises(kind) as caught:
         start(**arguments)
     assert isinstance(caught.value, DsError)

@@ -11,11 +11,7 @@ from torch import nn
 
 import ds_core
 from ds_core import comm
-from ds_core.config import load_config
 from ds_core.errors import NotBuiltError
-from ds_core.interfaces.partition import PartitionInputs
-from ds_core.interfaces.precision import PrecisionPlan
-from ds_core.partition.replicated import ReplicatedPartition
 from ds_core.testing.ranks import run_ranks
 
 CONFIG: dict[str, Any] = {
@@ -147,26 +143,3 @@ def test_writing_is_spread_and_ranks_agree_on_it(results):
     by_name = dict(results[0]["writers"])
     assert by_name["count"] == 0, "buffers are rank 0's"
     assert set(by_name.values()) == set(range(len(results)))
-
-
-@pytest.mark.parametrize("field", ["gradient", "reduce", "accumulate", "master"])
-def test_a_plan_it_does_not_execute_is_refused(field, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    comm.init_distributed()
-    net = model()
-    try:
-        with pytest.raises(NotBuiltError, match=f"its own {field} dtype"):
-            ReplicatedPartition(
-                PartitionInputs(
-                    module=net,
-                    param_groups=[{"params": list(net.parameters())}],
-                    names={param: name for name, param in net.named_parameters()},
-                    plan=PrecisionPlan(**{field: torch.float64}),
-                    group=torch.distributed.group.WORLD,
-                    device=torch.device("cpu"),
-                    config=load_config({"train_batch_size": 1}),
-                )
-            )
-    finally:
-        comm.destroy_process_group()

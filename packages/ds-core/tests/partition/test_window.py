@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from ds_core.errors import EngineError, NotBuiltError
+from ds_core.interfaces.precision import PrecisionPlan
 from ds_core.partition.window import LocalGradients
 
 
 def local(module: nn.Module) -> LocalGradients:
     names = {param: name for name, param in module.named_parameters()}
-    return LocalGradients(list(names), names)
+    return LocalGradients(list(names), names, PrecisionPlan().dtypes_of(module))
 
 
 def backward(gradients: LocalGradients, loss: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from ds_core import comm, registry
 from ds_core.accelerator import get_accelerator
 from ds_core.engine.engine import DeepSpeedEngine
+from ds_core.engine.forward import build_forward
 from ds_core.engine.observers import MonitorObserver, ProgressLine
 from ds_core.engine.parts import Accumulation, Clip, Parts, ScheduleStep
 from ds_core.errors import CommError, ConfigError, EngineError
@@ -135,17 +136,28 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
     choice = choose(config)
     groups = _param_groups(arguments)
     _check_strangers(groups, module)
+    choice.precision.plan.dtypes_of(module)  # here for what it refuses
+    device = _device(arguments.device_index)
+    _check_dtypes(config, choice)
     comm.init_distributed(distributed_port=arguments.distributed_port, dist_init_required=arguments.dist_init_required)
     group = torch.distributed.group.WORLD
     assert group is not None
-    device = _device(arguments.device_index)
     module.to(device)
     names = {param: logical_name(name) for name, param in module.named_parameters()}
     _check_ranks_agree(module, groups, names, config, group)
     comm.broadcast_tensors([*module.parameters(), *module.buffers()], group)
     trains = bool(groups) and (arguments.optimizer is not None or config.optimizer is not None)
     partition = choice.partition(
-        PartitionInputs(module, groups if trains else [], names, choice.precision.plan, group, device, config)
+        PartitionInputs(
+            module,
+            groups if trains else [],
+            names,
+            choice.precision.plan,
+            group,
+            device,
+            config,
+            find_sources=choice.precision.skips_overflow,
+        )
     )
     optimizer = schedule = None
     if trains:
@@ -162,7 +174,7 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
             fix="configure the section 'optimizer', or pass optimizer= to initialize",
         )
     parts = Parts(
-        forward=_forward(module, choice.precision, device),
+        forward=build_forward(module, choice.precision.plan, device),
         precision=choice.precision,
         partition=partition,
         optimizer=None if optimizer is None else OptimizerStep(optimizer),
@@ -197,25 +209,20 @@ def _device(index: int | None) -> torch.device:
     return accelerator.device(index)
 
 
-def _forward(module: nn.Module, precision: Precision, device: torch.device) -> Callable[..., Any]:
-    plan = precision.plan
-    forward: Callable[..., Any] = module
-    if plan.autocast is not None:
-        autocast = torch.autocast(device.type, dtype=plan.autocast)
-        forward = autocast(forward)
-    if plan.input_cast is not None:
-        inner, dtype = forward, plan.input_cast
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return inner(*_cast_floats(args, dtype), **_cast_floats(kwargs, dtype))
-
-    return forward
-
-
-def _cast_floats(value: Any, dtype: torch.dtype) -> Any:
-    from torch.utils._pytree import tree_map_only
-
-    return tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, value)
+def _check_dtypes(config: Config, choice: Choice) -> None:
+    """Refuse a precision that this rank's device cannot compute in. The device is chosen by now, not used."""
+    accelerator = get_accelerator()
+    plan = choice.precision.plan
+    wanted = {dtype for dtype in (plan.stored, plan.autocast) if dtype not in (None, torch.float32)}
+    # Asking a GPU for its dtypes wakes it up, which fp32 need not.
+    missing = wanted - set(accelerator.supported_dtypes()) if wanted else set()
+    if missing:
+        able = ", ".join(str(dtype).removeprefix("torch.") for dtype in accelerator.supported_dtypes())
+        raise ConfigError(
+            f"this device cannot train in {', '.join(sorted(map(str, missing)))}; it can in {able}",
+            where=f"{_precision_name(config)[1]}, device {accelerator.current_device_name()!r}",
+            fix="enable a precision that the device has, or none: fp32 runs everywhere",
+        )
 
 
 def _param_groups(arguments: Arguments) -> list[dict[str, Any]]:
@@ -266,6 +273,10 @@ def _check_strangers(groups: Sequence[Mapping[str, Any]], module: nn.Module) -> 
         )
 
 
+_AGREED = ("zero_optimization", "partition", "precision", "fp16", "bf16", "torch_autocast", "data_types")
+"""Sections that decide what collectives do."""
+
+
 def _check_ranks_agree(
     module: nn.Module,
     groups: Sequence[Mapping[str, Any]],
@@ -277,7 +288,8 @@ def _check_ranks_agree(
     facts = [f"{name} {list(t.shape)} {t.dtype}" for name, t in (*module.named_parameters(), *module.named_buffers())]
     facts += [f"group {i}: {names[param]}" for i, g in enumerate(groups) for param in g["params"]]
     sizes = (config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps, config.gradient_clipping)
-    facts.append(f"{sizes} {config.zero_optimization.model_dump()} {config.partition.model_dump()}")
+    sections = [getattr(config, name).model_dump() for name in _AGREED]
+    facts.append(f"{sizes} {sections} {config.communication_data_type}")
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
     differing = comm.same_on_all_ranks(digest, group)
     if differing:
@@ -295,6 +307,10 @@ def _optimizer(arguments: Arguments, partition: Partition) -> torch.optim.Optimi
         kept = [g for g in given.param_groups if any(param.requires_grad for param in g["params"])]
         given.param_groups = kept
         for own, group in zip(kept, groups, strict=True):
+            trained = [param for param in own["params"] if param.requires_grad]
+            for param, updated in zip(trained, group["params"], strict=True):
+                if param in given.state and updated is not param:
+                    given.state[updated] = given.state.pop(param)
             own["params"] = group["params"]
         return given
     if given is not None:

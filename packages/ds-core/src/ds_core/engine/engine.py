@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,14 +11,16 @@ from torch import nn
 
 from ds_core import comm
 from ds_core.engine.face import EngineFace
+from ds_core.engine.overflow import OverflowHistory, describe
 from ds_core.engine.parts import Outcome, Parts, StepRecord, global_norm
-from ds_core.errors import EngineError
+from ds_core.errors import EngineError, LossScaleError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ds_core.config import Config
     from ds_core.data import DeepSpeedDataLoader
+    from ds_core.engine.overflow import OverflowRecord
 
 __all__ = ["DeepSpeedEngine", "Progress"]
 
@@ -61,6 +64,8 @@ class DeepSpeedEngine(EngineFace):
         self.training_dataloader = training_dataloader
         self._config = config
         self.progress = Progress()
+        self.overflow_history = OverflowHistory(is_dynamic=parts.precision.scaler.dynamic)
+        self._optimizer_face = None if parts.optimizer is None else parts.precision.optimizer_face(self)
         self._seeds: dict[tuple[Any, ...], Tensor] = {}
         self.is_destroyed = False
         comm.destroy_at_exit(self)
@@ -113,6 +118,7 @@ class DeepSpeedEngine(EngineFace):
 
         Raises:
             EngineError: no backward before it, or an engine without an optimizer.
+            LossScaleError: the gradients overflow at the smallest loss scale allowed.
         """
         parts = self.parts
         if parts.optimizer is None:
@@ -126,16 +132,30 @@ class DeepSpeedEngine(EngineFace):
         norm = global_norm(parts.partition.reduce())
         # The norm is that of all ranks, so all agree to skip.
         skipped = parts.precision.overflowed(norm)
+        overflow = None if math.isfinite(norm) else self._look_into_overflow(norm, scale, skipped=skipped)
         if not skipped:
             parts.optimizer.step(parts.clip.factor(norm, scale))
             parts.partition.publish()
         parts.partition.clear_gradients()
         if not skipped:
             parts.schedule.step(**(lr_kwargs or {}))
-        parts.precision.after_step(skipped=skipped)
-        self._finish_step(norm / scale, skipped=skipped)
+        self._finish_step(norm / scale, overflow, skipped=skipped)
 
-    def _finish_step(self, norm: float, *, skipped: bool) -> None:
+    def _look_into_overflow(self, norm: float, scale: float, *, skipped: bool) -> OverflowRecord:
+        source = self.parts.partition.find_overflow()
+        return describe(
+            source, self.module, step=self.progress.global_steps + 1, scale=scale, norm=norm, skipped=skipped
+        )
+
+    def _finish_step(self, norm: float, overflow: OverflowRecord | None, *, skipped: bool) -> None:
+        if overflow is None:
+            self.overflow_history.good_step()
+        else:
+            self.overflow_history.note(overflow)
+        try:
+            self.parts.precision.after_step(skipped=skipped)
+        except LossScaleError as error:
+            raise self.overflow_history.explain(error) from error
         progress = self.progress
         progress.norm = norm
         progress.outcome = Outcome.SKIPPED if skipped else Outcome.UPDATED
@@ -151,6 +171,7 @@ class DeepSpeedEngine(EngineFace):
                 norm,
                 self.get_lr(),
                 self.parts.precision.scaler.scale,
+                overflow,
             )
             for observe in self.parts.observers:
                 observe(record)
@@ -187,6 +208,7 @@ class DeepSpeedEngine(EngineFace):
                 close()
         self.training_dataloader = None
         self._seeds.clear()
+        self._optimizer_face = None
         self.parts = cast("Parts", _Destroyed())
 
 

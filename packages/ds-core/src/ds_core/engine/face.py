@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 
 from ds_core import comm
@@ -16,13 +18,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from os import PathLike
 
-    import torch
     from torch.optim import Optimizer
 
     from ds_core.config import Config
     from ds_core.data import DeepSpeedDataLoader
     from ds_core.engine.engine import Progress
+    from ds_core.engine.overflow import OverflowHistory, OverflowRecord
     from ds_core.engine.parts import Parts
+    from ds_core.engine.precision_report import PrecisionReport
     from ds_core.interfaces.scheduler import LRSchedule
 
 __all__ = ["EngineFace"]
@@ -36,7 +39,9 @@ class EngineFace(nn.Module):
     progress: Progress
     device: torch.device
     training_dataloader: DeepSpeedDataLoader | None
+    overflow_history: OverflowHistory
     _config: Config
+    _optimizer_face: Any
 
     _LATER: ClassVar[dict[str, str]] = {
         "no_sync": "gradients are reduced only at the end of a window already; leave no_sync() out",
@@ -50,13 +55,17 @@ class EngineFace(nn.Module):
     # -- the client's objects ---------------------------------------------------------------------------------------
 
     @property
-    def optimizer(self) -> Optimizer | None:
-        """The torch optimizer; None for an engine that only runs forward."""
-        return None if self.parts.optimizer is None else self.parts.optimizer.optimizer
+    def optimizer(self) -> Any:
+        """The precision's face over the torch optimizer where it has one, such as ``FP16_Optimizer``, else that itself.
+
+        None for an engine that only runs forward.
+        """
+        return self.basic_optimizer if self._optimizer_face is None else self._optimizer_face
 
     @property
     def basic_optimizer(self) -> Optimizer | None:
-        return self.optimizer
+        """The torch optimizer, over fp32 masters where the precision keeps them; learning-rate schedules drive it."""
+        return None if self.parts.optimizer is None else self.parts.optimizer.optimizer
 
     @property
     def lr_scheduler(self) -> LRSchedule | None:
@@ -177,12 +186,23 @@ class EngineFace(nn.Module):
         return [group.get("momentum", group.get("betas")) for group in self._groups()]
 
     def _groups(self) -> Sequence[Mapping[str, Any]]:
-        return [] if self.optimizer is None else self.optimizer.param_groups
+        return [] if self.basic_optimizer is None else self.basic_optimizer.param_groups
 
     @property
     def cur_scale(self) -> float:
         """The loss scale of the coming backward."""
         return self.parts.precision.scaler.scale
+
+    @property
+    def overflows(self) -> tuple[OverflowRecord, ...]:
+        """The last steps whose gradients held inf or NaN, newest last: step, scale, parameter, module, ranks."""
+        return self.overflow_history.records
+
+    def precision_report(self) -> PrecisionReport:
+        """Return which dtype everything has, by parameter group; prints as a table."""
+        from ds_core.engine.precision_report import precision_report
+
+        return precision_report(self)
 
     # -- configuration ----------------------------------------------------------------------------------------------
 
@@ -197,6 +217,49 @@ class EngineFace(nn.Module):
 
     def bfloat16_enabled(self) -> bool:
         return self._config.bf16.enabled
+
+    def amp_enabled(self) -> bool:
+        """Return False: NVIDIA's Apex is not supported."""
+        return False
+
+    def fp16_auto_cast(self) -> bool:
+        return self._config.fp16.auto_cast
+
+    def torch_autocast_enabled(self) -> bool:
+        return self._config.torch_autocast.enabled
+
+    def torch_autocast_dtype(self) -> torch.dtype | None:
+        """Return the dtype that forward runs under autocast with; None: it does not."""
+        return self.parts.partition.inputs.plan.autocast
+
+    def loss_scale(self) -> float:
+        """Return the configured scale; 0: it is found while training, see :attr:`cur_scale`."""
+        return self._config.fp16.loss_scale
+
+    def dynamic_loss_scale(self) -> bool:
+        return self._config.fp16.loss_scale == 0
+
+    def initial_dynamic_scale(self) -> int:
+        return self._config.fp16.initial_dynamic_scale()
+
+    def dynamic_loss_scale_args(self) -> dict[str, Any]:
+        """Return the arguments of ``DynamicLossScaler`` as configured."""
+        return self._config.fp16.dynamic_loss_scale_args()
+
+    @property
+    def communication_data_type(self) -> torch.dtype:
+        """The dtype most gradient elements are reduced in."""
+        return self._most("reduce")
+
+    def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
+        """Return (dtype of the model, dtype its gradients accumulate in), of most elements."""
+        return self._most("stored"), self._most("accumulate")
+
+    def _most(self, field: str) -> torch.dtype:
+        numels: Counter[Any] = Counter()
+        for param, dtypes in self.parts.partition.inputs.dtypes.items():
+            numels[getattr(dtypes, field)] += param.numel()
+        return numels.most_common(1)[0][0] if numels else torch.float32
 
     def zero_optimization_stage(self) -> int:
         return self._config.zero_optimization.stage
@@ -214,7 +277,7 @@ class EngineFace(nn.Module):
         """Return the configured name, else the class name of the client's optimizer."""
         if self._config.optimizer is not None:
             return self._config.optimizer.type
-        return None if self.optimizer is None else type(self.optimizer).__name__
+        return None if self.basic_optimizer is None else type(self.basic_optimizer).__name__
 
     def report(self) -> dict[str, str]:
         """Return what is at work here and what is not: part -> effect, in words (P03b)."""
@@ -222,7 +285,7 @@ class EngineFace(nn.Module):
         found = {
             "precision": type(parts.precision).__name__,
             "partition": type(parts.partition).__name__,
-            "optimizer": "none" if self.optimizer is None else type(self.optimizer).__name__,
+            "optimizer": "none" if self.basic_optimizer is None else type(self.basic_optimizer).__name__,
             "checkpoint": type(parts.checkpoint).__name__,
             "clipping": f"norm above {parts.clip.max_norm}" if parts.clip.max_norm > 0 else "off",
         }
@@ -246,12 +309,27 @@ class EngineFace(nn.Module):
             given = self.config.get(section)
             if isinstance(given, dict) and not getattr(self._config, section.replace("bfloat16", "bf16")).enabled:
                 found.update({f"{section}.{key}": "no effect: not enabled" for key in given if key != "enabled"})
+        found.update(self._without_effect_in_precision())
         if "zero_allow_untested_optimizer" in self.config:
             found["zero_allow_untested_optimizer"] = "no effect: every optimizer is allowed"
         if "zero_force_ds_cpu_optimizer" in self.config:
             found["zero_force_ds_cpu_optimizer"] = "no effect: nothing is offloaded"
         if "dataloader_drop_last" in self.config and self.training_dataloader is None:
             found["dataloader_drop_last"] = "no effect: no training_data was given"
+        return found
+
+    def _without_effect_in_precision(self) -> dict[str, str]:
+        fp16, found = self._config.fp16, {}
+        if fp16.enabled and fp16.loss_scale > 0:
+            of_dynamic = ("initial_scale_power", "loss_scale_window", "min_loss_scale", "hysteresis")
+            for key in (*of_dynamic, "consecutive_hysteresis"):
+                if key in self.config["fp16"]:
+                    found[f"fp16.{key}"] = "no effect: loss_scale is constant"
+        if self._config.bf16.enabled and self._config.bf16.immediate_grad_update:
+            found["bf16.immediate_grad_update"] = "no effect: every gradient is added as soon as autograd made it"
+        autocast = self.config.get("torch_autocast", {})
+        if "lower_precision_safe_modules" in autocast and self._config.communication_data_type is not None:
+            found["torch_autocast.lower_precision_safe_modules"] = "no effect: communication_data_type holds for all"
         return found
 
     # -- the module -------------------------------------------------------------------------------------------------
@@ -271,8 +349,9 @@ class EngineFace(nn.Module):
         return found
 
     def load_module_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load ``checkpoint["module"]`` into the module."""
+        """Load ``checkpoint["module"]`` into the module; masters begin anew from it."""
         self.module.load_state_dict(checkpoint["module"], strict=strict)
+        self.parts.partition.refresh_masters()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of the window so far; the window itself goes on."""

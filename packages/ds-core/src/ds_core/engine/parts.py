@@ -13,6 +13,7 @@ from ds_core.errors import EngineError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from ds_core.engine.overflow import OverflowRecord
     from ds_core.interfaces.checkpoint import CheckpointEngine
     from ds_core.interfaces.partition import Partition, SquaredNorm
     from ds_core.interfaces.precision import Precision
@@ -146,6 +147,9 @@ class StepRecord:
     """Before clipping, unscaled."""
     lr: Sequence[float]
     loss_scale: float
+    """Of the coming backward."""
+    overflow: OverflowRecord | None = None
+    """Where inf or NaN came from, in a step that had any."""
 
 
 @dataclass(frozen=True)

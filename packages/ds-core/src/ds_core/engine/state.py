@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from ds_core.checkpoint.jsonable import decode, encode
 from ds_core.comm import raise_together, same_on_all_ranks
 from ds_core.engine.rng import capture_rng, restore_rng
 from ds_core.errors import CheckpointError, DsError
-from ds_core.interfaces.logical import BUFFER, GRADIENT, WEIGHT, Chunk, Piece, Snapshot, logical_name
+from ds_core.interfaces.logical import BUFFER, GRADIENT, MASTER, WEIGHT, Chunk, Piece, Snapshot, logical_name
 from ds_core.log import log_dist
 from ds_core.optim.slots import check_groups, group_state, restore_optimizer, slot_pieces, slot_values
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ds_core.engine.face import EngineFace
     from ds_core.interfaces.checkpoint import CheckpointReader
+    from ds_core.interfaces.logical import LogicalTensor
 
 __all__ = ["LoadOptions", "load", "save"]
 
@@ -152,13 +153,14 @@ def _capture(engine: EngineFace, client_state: Mapping[str, Any], exclude_frozen
         "excluded": sorted(frozen) if exclude_frozen else [],
         "client_state": encode(dict(client_state), "client_state"),
     }
-    if engine.optimizer is not None:
+    optimizer = engine.basic_optimizer
+    if optimizer is not None:
         of_optimizer = parts.partition.optimizer_pieces()
-        pieces += slot_pieces(engine.optimizer, of_optimizer)
+        pieces += slot_pieces(optimizer, of_optimizer)
         pieces += parts.partition.gradient_pieces()
         state["optimizer"] = {
-            "groups": group_state(engine.optimizer, of_optimizer),
-            "values": slot_values(engine.optimizer, of_optimizer),
+            "groups": group_state(optimizer, of_optimizer),
+            "values": slot_values(optimizer, of_optimizer),
         }
     if engine.lr_scheduler is not None:
         state["schedule"] = encode(engine.lr_scheduler.state_dict(), "learning-rate schedule")
@@ -214,7 +216,7 @@ def _restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions)
     # Everything that can be refused is, before the first tensor changes.
     _check_window(engine, reader, options)
     of_optimizer = parts.partition.optimizer_pieces()
-    optimizer = engine.optimizer if options.optimizer and "optimizer" in state else None
+    optimizer = engine.basic_optimizer if options.optimizer and "optimizer" in state else None
     if optimizer is not None:
         check_groups(optimizer, of_optimizer, state["optimizer"]["groups"])
     _restore_weights(engine, reader, options)
@@ -230,7 +232,7 @@ def _restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions)
         engine.lr_scheduler.load_state_dict(decode(state["schedule"]))
     if engine.training_dataloader is not None and "data" in state:
         engine.training_dataloader.load_state_dict(decode(state["data"]))
-    parts.precision.scaler.load_state_dict(decode(state["scaler"]))
+    _restore_scaler(engine, state)
     progress = engine.progress
     progress.global_steps = state["global_steps"]
     progress.global_samples = state["global_samples"]
@@ -245,9 +247,32 @@ def _restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions)
         restore_rng(decode(reader.rank_state(rank)["rng"]), engine.device)
 
 
-def _check_window(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) -> None:
-    if options.module_only or not options.optimizer or engine.optimizer is None or not reader.state["in_window"]:
+def _restore_scaler(engine: EngineFace, state: Mapping[str, Any]) -> None:
+    """Go on with the loss scale of the checkpoint, unless that was written in another precision."""
+    precision = engine.parts.precision
+    here, there = type(precision).__name__, state["precision"]
+    if here == there:
+        precision.scaler.load_state_dict(decode(state["scaler"]))
         return
+    scale = precision.scaler.scale
+    log_dist(
+        f"the checkpoint was written in {there}, this engine trains in {here}: weights are taken from the masters "
+        "where there are any and cast, optimizer state is kept, "
+        f"the loss scale {'starts anew at' if scale != 1 else 'is'} {scale:g}"
+    )
+
+
+def _check_window(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) -> None:
+    if options.module_only or not options.optimizer or engine.basic_optimizer is None or not reader.state["in_window"]:
+        return
+    precisions = reader.state["precision"], type(engine.parts.precision).__name__
+    if precisions[0] != precisions[1]:
+        raise CheckpointError(
+            f"checkpoint was saved inside an accumulation window in {precisions[0]}, this job trains in "
+            f"{precisions[1]}; its unfinished gradients carry the other loss scale and dtype",
+            where="load_checkpoint",
+            fix=f"load it in {precisions[0]} and save at a step boundary, or pass load_optimizer_states=False",
+        )
     accumulation = reader.state["accumulation"]
     if engine.gradient_accumulation_steps() != accumulation:
         raise CheckpointError(
@@ -270,35 +295,44 @@ def _check_window(engine: EngineFace, reader: CheckpointReader, options: LoadOpt
 def _restore_weights(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) -> None:
     stored = {(of.name, of.kind): of for of in reader.tensors()}
     wanted = list(engine.parts.partition.pieces())
-    excluded = set(reader.state["excluded"])
-    missing = [
-        piece for piece in wanted if (piece.of.name, piece.of.kind) not in stored and piece.of.name not in excluded
-    ]
-    mine = {(piece.of.name, piece.of.kind) for piece in wanted}
-    extra = sorted(name for (name, kind) in stored if kind in (WEIGHT, BUFFER) and (name, kind) not in mine)
     if options.custom is not None:
         options.custom(src=_full_state_dict(reader), dst=engine.module)
+        engine.parts.partition.refresh_masters()
         return
+    found: list[Piece] = []
+    missing: list[str] = []
     for piece in wanted:
-        of = stored.get((piece.of.name, piece.of.kind), piece.of)
-        if of.shape != piece.of.shape:
+        of = _best_source(piece, stored)
+        if of is None:
+            missing.append(piece.of.name)
+        elif of.shape != piece.of.shape:
             raise CheckpointError(
                 f"{of.kind} {of.name!r} is {list(of.shape)} in the checkpoint and {list(piece.of.shape)} in the model",
                 where="load_checkpoint",
                 fix="load it into a model of the same sizes",
             )
+        else:
+            found.append(replace(piece, of=of))
+    mine = {(piece.of.name, piece.of.kind) for piece in wanted}
+    extra = sorted(name for (name, kind) in stored if kind in (WEIGHT, BUFFER) and (name, kind) not in mine)
+    missing = sorted(set(missing) - set(reader.state["excluded"]))
     if options.strict and (missing or extra):
-        gone = [piece.of.name for piece in missing]
         raise CheckpointError(
-            f"model and checkpoint differ: only in the model {gone[:5]}, only in the checkpoint {extra[:5]}",
+            f"model and checkpoint differ: only in the model {missing[:5]}, only in the checkpoint {extra[:5]}",
             where="load_checkpoint",
             fix="load it into the model that wrote it, or pass load_module_strict=False",
         )
-    reader.read([piece for piece in wanted if (piece.of.name, piece.of.kind) in stored])
+    reader.read(found)
     extra_state = decode(reader.state["extra_state"])
     for name, submodule in engine.module.named_modules():
         if _has_extra_state(submodule) and logical_name(name) in extra_state:
             submodule.set_extra_state(extra_state[logical_name(name)])
+
+
+def _best_source(piece: Piece, stored: Mapping[tuple[str, str], LogicalTensor]) -> LogicalTensor | None:
+    """Return the stored tensor with the most digits of ``piece``: a master is the weight before it was cast."""
+    kinds = (MASTER, WEIGHT) if piece.of.kind in (MASTER, WEIGHT) else (piece.of.kind,)
+    return next((stored[piece.of.name, kind] for kind in kinds if (piece.of.name, kind) in stored), None)
 
 
 def _full_state_dict(reader: CheckpointReader) -> dict[str, torch.Tensor]:

@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
+from ds_core.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -71,27 +73,41 @@ class PrecisionPlan:
 
         A master of the dtype a parameter is stored in would be a second copy of the same bits: there is none then.
         A parameter that several modules share has the reduce dtype of the first of them.
+
+        Raises:
+            ConfigError: gradients would accumulate in another dtype than the optimizer can read.
         """
         found: dict[nn.Parameter, ParameterDtypes] = {}
-        for submodule in module.modules():
+        for prefix, submodule in module.named_modules():
             reduced = self.reduce_in is None or type(submodule) in self.reduce_in
-            for param in submodule.parameters(recurse=False):
+            for name, param in submodule.named_parameters(recurse=False):
                 if param in found:
                     continue
                 floats = param.is_floating_point()
                 stored = (self.stored if floats else None) or param.dtype
-                found[param] = ParameterDtypes(
+                found[param] = dtypes = ParameterDtypes(
                     stored=stored,
                     accumulate=self.accumulate or stored,
                     reduce=(self.reduce if reduced else None) or stored,
                     master=self.master if floats and self.master != stored else None,
                 )
+                if dtypes.master is None and dtypes.accumulate != stored and param.requires_grad:
+                    full_name = f"{prefix}.{name}" if prefix else name
+                    raise ConfigError(
+                        f"gradients cannot accumulate in {dtypes.accumulate} for a parameter that is trained in "
+                        f"{stored} without a master",
+                        where=f"data_types.grad_accum_dtype, parameter {full_name!r}",
+                        fix="leave grad_accum_dtype out, or enable fp16 or bf16, which keep masters",
+                    )
         return found
 
 
 @runtime_checkable
 class LossScaler(Protocol):
     """The factor the loss is multiplied by, so that small gradients survive."""
+
+    dynamic: bool
+    """Whether the factor moves with how steps end."""
 
     @property
     def scale(self) -> float:

@@ -37,6 +37,8 @@ class DeepSpeedOptimizer:
 class OverriddenScale(LossScaler):
     """A loss scale that the caller chose, in front of a scaler that goes on learning. Only the latter is saved."""
 
+    dynamic = False
+
     def __init__(self, inner: LossScaler, scale: float) -> None:
         self.inner = inner
         self._scale = scale

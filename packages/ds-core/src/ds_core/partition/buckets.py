@@ -8,10 +8,17 @@ the buckets decides.
 Note: bucket order. Collectives must start in the same order on every rank, or ranks would sum unrelated buckets. So a
 bucket starts only after all before it; what is left when autograd returns (unused parameters) starts in order then.
 
+Note: dtypes. A bucket holds gradients in the dtype they accumulate in. Where they are reduced in another one, the
+bucket is cast into a message for the collective, and the message cast back.
+
 Note: unused parameters. Behind the gradients a bucket has one flag per parameter: 1 where this rank has a gradient,
 0 where it has none and its slot is zero. The flags are summed by the same collective. A rank that used all of a
 bucket's parameters never looks; one that did not learns from the flag whether another rank did. A parameter that no
 rank used keeps ``grad`` None, so that the optimizer leaves it alone as plain PyTorch would.
+
+Note: sources of an overflow. Once summed, an inf of one rank is everybody's. Where it is asked for, each rank writes
+before the collective whether its own part of the bucket is finite into the place that it alone has behind the flags.
+Nobody reads these places but a step that has overflowed.
 """
 
 from __future__ import annotations
@@ -24,7 +31,7 @@ import torch
 from ds_core import comm
 from ds_core.errors import CommError, EngineError
 from ds_core.partition.arithmetic import plan_buckets
-from ds_core.partition.window import GradientWindow, sparse_gradient
+from ds_core.partition.window import GradientWindow, extremes, is_finite, sparse_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,15 +39,18 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.distributed import Work
 
+    from ds_core.interfaces.precision import ParameterDtypes
+
     StartCollective = Callable[["Bucket"], Work]
 
 __all__ = ["Bucket", "Bucketer"]
 
 
 class Bucket:
-    """Consecutive parameters of one dtype and device, their gradients in one flat tensor."""
+    """Consecutive parameters of equal dtypes on one device, their gradients in one flat tensor."""
 
-    def __init__(self, index: int, params: Sequence[nn.Parameter]) -> None:
+    def __init__(self, index: int, params: Sequence[nn.Parameter], dtypes: ParameterDtypes, sources: int) -> None:
+        """``sources``: ranks that say whether their part was finite; 0: none does."""
         self.index = index
         self.params = tuple(params)
         self.numel = sum(param.numel() for param in params)
@@ -49,13 +59,36 @@ class Bucket:
         self.waiting_for = 0
         """How many have not."""
         self.work: Work | None = None
-        like = self.params[0]
-        self.storage = torch.zeros(self.numel + len(self.params), dtype=like.dtype, device=like.device)
-        """``[numel + len(params)]``: gradients, then flags. What the collective moves."""
-        self.gradients = self.storage[: self.numel]
-        self.flags = self.storage[self.numel :]
+        numels = [self.numel, len(self.params), sources]
+        self.storage = torch.zeros(sum(numels), dtype=dtypes.accumulate, device=self.params[0].device)
+        """``[numel + len(params) + sources]``: gradients, flags, sources."""
+        self.gradients, self.flags, self.sources = self.storage.split(numels)
         slots = self.gradients.split([param.numel() for param in self.params])
         self.slots = tuple(slot.view(param.shape) for slot, param in zip(slots, self.params, strict=True))
+        self._reduce_dtype = dtypes.reduce
+        self.message = self.storage
+        """What the collective moves: the storage, or while one is under way its copy in the reduce dtype."""
+
+    @property
+    def message_bytes(self) -> int:
+        return self.storage.numel() * self._reduce_dtype.itemsize
+
+    def seal(self) -> None:
+        """Make the message ready to be sent."""
+        self.message = self.storage.to(self._reduce_dtype)
+
+    def unseal(self) -> None:
+        """Take the reduced message back."""
+        if self.message is not self.storage:
+            self.storage.copy_(self.message)
+            self.message = self.storage
+
+    def mark_source(self, rank: int) -> None:
+        """Write down whether the gradients of this rank, ``rank``, are finite."""
+        self.sources.zero_()
+        values = extremes(self.gradients)
+        if values:
+            self.sources[rank] = torch.stack(values).isfinite().all().logical_not()
 
     def unfilled(self) -> list[int]:
         """Return the places of the parameters without a gradient in this window, on this rank."""
@@ -71,9 +104,12 @@ class Bucketer(GradientWindow):
         self,
         params: Sequence[nn.Parameter],
         names: Mapping[nn.Parameter, str],
+        dtypes: Mapping[nn.Parameter, ParameterDtypes],
         *,
         bucket_bytes: int,
+        rank: int,
         world_size: int,
+        find_sources: bool,
         start: StartCollective,
     ) -> None:
         """Allocate the buckets and hook the parameters.
@@ -81,20 +117,33 @@ class Bucketer(GradientWindow):
         Args:
             params: trainable parameters, in the order of the model; gradients are expected in reverse.
             names: for errors.
-            bucket_bytes: close a bucket at this size; the first one is closed at a 25th, to start early.
+            dtypes: of each, after the plan; a bucket's are equal.
+            bucket_bytes: close a bucket when its message has this size; the first one at a 25th, to start early.
+            rank: this rank's place among those that reduce.
             world_size: ranks whose gradients a collective sums.
-            start: starts the collective that sums ``bucket.storage`` over the ranks, and returns its handle.
+            find_sources: remember which ranks had inf or NaN.
+            start: starts the collective that sums ``bucket.message`` over the ranks, and returns its handle.
         """
         super().__init__(names)
         ordered = list(reversed(params))
         plan = plan_buckets(
-            [param.nbytes for param in ordered],
-            [(param.dtype, param.device) for param in ordered],
+            [param.numel() * dtypes[param].reduce.itemsize for param in ordered],
+            [(dtypes[param].accumulate, dtypes[param].reduce, param.device) for param in ordered],
             bucket_bytes,
             max(1, bucket_bytes // 25),
         )
-        self.buckets = [Bucket(index, [ordered[i] for i in items]) for index, items in enumerate(plan)]
-        self._world_size = world_size
+        sources = world_size if find_sources else 0
+        self.buckets = [
+            Bucket(index, [ordered[i] for i in items], dtypes[ordered[items[0]]], sources)
+            for index, items in enumerate(plan)
+        ]
+        for bucket in self.buckets:
+            for param in bucket.params:
+                if bucket.storage.dtype != param.dtype:
+                    self.allow_gradients_in(
+                        param, None
+                    )  # fresh ones come in the parameter's, the slot has the bucket's
+        self._rank, self._world_size = rank, world_size
         self._start = start
         self._reducing = False
         self._out_of_step = False
@@ -190,6 +239,9 @@ class Bucketer(GradientWindow):
         for place in bucket.unfilled():
             bucket.slots[place].zero_()
             bucket.flags[place].zero_()
+        if len(bucket.sources):
+            bucket.mark_source(self._rank)
+        bucket.seal()
         try:
             bucket.work = self._start(bucket)
         except RuntimeError as error:
@@ -206,6 +258,7 @@ class Bucketer(GradientWindow):
             except RuntimeError as error:
                 raise self._lost(bucket, error) from error
             bucket.work = None
+            bucket.unseal()
             self._deliver(bucket)
 
     def _deliver(self, bucket: Bucket) -> None:
@@ -215,6 +268,14 @@ class Bucketer(GradientWindow):
         used = bucket.flags.tolist()
         for place in missing:
             bucket.params[place].grad = bucket.slots[place] if used[place] else None
+
+    def non_finite(self) -> tuple[nn.Parameter, tuple[int, ...] | None] | None:
+        for bucket in self.buckets:
+            for param, slot in zip(bucket.params, bucket.slots, strict=True):
+                if param.grad is not None and not is_finite(slot):
+                    marked = [rank for rank, mark in enumerate(bucket.sources.tolist()) if mark]
+                    return param, tuple(marked) if len(bucket.sources) else None
+        return None
 
     def _lost(self, bucket: Bucket, error: RuntimeError) -> CommError:
         self._give_up()

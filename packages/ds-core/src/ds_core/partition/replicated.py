@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ds_core.config.section import PositiveInt, Section
-from ds_core.errors import NotBuiltError
-from ds_core.interfaces.logical import BUFFER, GRADIENT, WEIGHT, Chunk, LogicalTensor, Piece, logical_name
-from ds_core.interfaces.partition import Partition, PartitionInputs, SquaredNorm
+from ds_core.interfaces.logical import BUFFER, GRADIENT, MASTER, WEIGHT, Chunk, LogicalTensor, Piece, logical_name
+from ds_core.interfaces.partition import OverflowSource, Partition, PartitionInputs, SquaredNorm
 from ds_core.ops import best
 from ds_core.partition.arithmetic import assign_writers
 from ds_core.partition.buckets import Bucketer
+from ds_core.partition.stored import Masters, cast_stored
 from ds_core.partition.window import LocalGradients
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class ReplicatedConfig(Section):
 
 
 class ReplicatedPartition(Partition):
-    """Stage 0. The optimizer updates the model's own parameters; a checkpoint's bytes are spread over the ranks.
+    """Stage 0. The optimizer updates the model's own parameters, or their masters; all ranks write checkpoints.
 
     On one rank there is nothing to reduce: gradients stay where autograd leaves them.
     """
@@ -44,33 +44,39 @@ class ReplicatedPartition(Partition):
         import torch.distributed as dist
 
         super().__init__(inputs)
-        _refuse_what_is_not_executed(inputs)
-        if inputs.plan.stored is not None:
-            inputs.module.to(inputs.plan.stored)
         self._rank = dist.get_rank(inputs.group)
         self._world_size = dist.get_world_size(inputs.group)
         self._sum_of_squares = best("sum_of_squares", inputs.device).implementation
         self._params = [param for group in inputs.param_groups for param in group["params"]]
         self._outside = _trainable_but_not_optimized(inputs.module, self._params)
+        self._masters = Masters(self._params, inputs.dtypes)
+        cast_stored(inputs.module, inputs.dtypes, inputs.plan)
+        of_params = [inputs.dtypes[param] for param in self._params]
+        self._copies = any(dtypes.accumulate != dtypes.updated for dtypes in of_params)
+        """Whether the optimizer reads copies of gradients, in another dtype than they accumulate in."""
         self._gradients: GradientWindow
+        ordered = _in_model_order(self._params, inputs.names)
         if self._world_size > 1:
             options = inputs.config.options("partition", "replicated", ReplicatedConfig)
             assert isinstance(options, ReplicatedConfig)
             self._gradients = Bucketer(
-                _in_model_order(self._params, inputs.names),
+                ordered,
                 inputs.names,
+                inputs.dtypes,
                 bucket_bytes=options.bucket_bytes,
+                rank=self._rank,
                 world_size=self._world_size,
+                find_sources=inputs.find_sources,
                 start=self._all_reduce,
             )
         else:
-            self._gradients = LocalGradients(self._params, inputs.names)
-        self._of = {piece.data: piece for piece in _stored_tensors(inputs.module, self._world_size)}
+            self._gradients = LocalGradients(ordered, inputs.names, inputs.dtypes)
+        self._of = {piece.data: piece for piece in self.pieces()}
 
     def _all_reduce(self, bucket: Bucket) -> Work:
         import torch.distributed as dist
 
-        work: Work = dist.all_reduce(bucket.storage, group=self.inputs.group, async_op=True)
+        work: Work = dist.all_reduce(bucket.message, group=self.inputs.group, async_op=True)
         return work
 
     @property
@@ -79,10 +85,13 @@ class ReplicatedPartition(Partition):
         return 1.0 / self._world_size
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        return [dict(group) for group in self.inputs.param_groups]
+        return [
+            {**group, "params": [self._masters.of(param) for param in group["params"]]}
+            for group in self.inputs.param_groups
+        ]
 
     def optimizer_pieces(self) -> Sequence[Piece]:
-        return [self._of[param] for param in self._params]
+        return [self._of[self._masters.of(param)] for param in self._params]
 
     def begin_backward(self, *, reduce: bool) -> None:
         self._gradients.begin(reduce=reduce)
@@ -96,19 +105,33 @@ class ReplicatedPartition(Partition):
     def reduce(self) -> SquaredNorm:
         self._gradients.check_whole()
         self._gradients.wait()
-        return SquaredNorm(self._sum_of_squares(self._gradients.flats()))
+        flats = self._gradients.flats()
+        self._masters.take_gradients()
+        # One read for norm and overflow: of what the optimizer will read, which on a CPU is faster than 16 bits.
+        return SquaredNorm(self._sum_of_squares(self._copied_gradients() if self._copies else flats))
+
+    def _copied_gradients(self) -> list[Tensor]:
+        gradients = [self._masters.of(param).grad for param in self._params]
+        return [gradient for gradient in gradients if gradient is not None]
+
+    def find_overflow(self) -> OverflowSource:
+        # Reduced gradients are the same on every rank, so nobody has to ask the others.
+        found = self._gradients.non_finite()
+        return OverflowSource(None, ()) if found is None else OverflowSource(self.inputs.names[found[0]], found[1])
 
     def publish(self) -> None:
-        """The optimizer updated the model's own parameters: there is nothing to bring anywhere."""
+        # Without masters the optimizer updated the model's own parameters: there is nothing to bring anywhere.
+        self._masters.publish()
 
     def clear_gradients(self) -> None:
         self._gradients.clear()
+        self._masters.drop_gradients()
         for param in self._outside:
             param.grad = None
 
     def pieces(self) -> Iterable[Piece]:
         # Anew at each call: a model may rebind its buffers (self.count = self.count + 1).
-        return list(_stored_tensors(self.inputs.module, self._world_size))
+        return list(_stored_tensors(self.inputs.module, self._masters, self._world_size))
 
     def gradient_pieces(self) -> Iterable[Piece]:
         self._gradients.check_whole()
@@ -127,12 +150,16 @@ class ReplicatedPartition(Partition):
         self._gradients.restore({param: by_name[name] for param, name in names.items() if name in by_name})
 
     def after_load(self) -> None:
-        """Every rank read the same bytes into its own copy."""
+        # Every rank read the same bytes into its own copy; a weight follows its master, in whatever precision it was.
+        self._masters.publish()
+
+    def refresh_masters(self) -> None:
+        self._masters.refresh()
 
     def report(self) -> Mapping[str, str]:
         found = {}
         if isinstance(self._gradients, Bucketer):
-            sizes = [bucket.storage.nbytes for bucket in self._gradients.buckets]
+            sizes = [bucket.message_bytes for bucket in self._gradients.buckets]
             found["gradient buckets"] = f"{len(sizes)}, {sum(sizes)} bytes in all, summed while backward runs"
         if self._outside and self._params:
             listing = ", ".join(self.inputs.names[param] for param in self._outside)
@@ -141,21 +168,7 @@ class ReplicatedPartition(Partition):
 
     def destroy(self) -> None:
         self._gradients.detach()
-
-
-def _refuse_what_is_not_executed(inputs: PartitionInputs) -> None:
-    plan = inputs.plan
-    asked = [
-        field
-        for field in ("gradient", "reduce", "accumulate", "master")
-        if getattr(plan, field) not in (None, plan.stored)
-    ]
-    if asked:
-        raise NotBuiltError(
-            f"the replicated partition does not execute a plan with its own {', '.join(asked)} dtype yet",
-            where="precision",
-            fix="upgrade ds-core, or use a precision that keeps gradients and weights in one dtype",
-        )
+        self._masters.drop_gradients()
 
 
 def _trainable_but_not_optimized(module: nn.Module, optimized: Sequence[nn.Parameter]) -> list[nn.Parameter]:
@@ -168,11 +181,13 @@ def _in_model_order(params: Sequence[nn.Parameter], names: Mapping[nn.Parameter,
     return [param for param in names if param in wanted]
 
 
-def _stored_tensors(module: nn.Module, world_size: int) -> Iterable[Piece]:
-    """Yield the weights and persistent buffers of ``module``, shared ones once, with the rank that writes each."""
-    found: list[tuple[str, str, Tensor]] = [
-        (logical_name(name), WEIGHT, param) for name, param in module.named_parameters()
-    ]
+def _stored_tensors(module: nn.Module, masters: Masters, world_size: int) -> Iterable[Piece]:
+    """Yield weights, persistent buffers and masters, shared ones once, each with the rank that writes it."""
+    found: list[tuple[str, str, Tensor]] = []
+    for name, param in module.named_parameters():
+        found.append((logical_name(name), WEIGHT, param))
+        if masters.of(param) is not param:
+            found.append((logical_name(name), MASTER, masters.of(param)))
     transient = {
         logical_name(f"{prefix}.{name}" if prefix else name)
         for prefix, submodule in module.named_modules()

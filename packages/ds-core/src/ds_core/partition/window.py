@@ -16,7 +16,22 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["GradientWindow", "LocalGradients", "sparse_gradient"]
+    from ds_core.interfaces.precision import ParameterDtypes
+
+__all__ = ["GradientWindow", "LocalGradients", "extremes", "is_finite", "sparse_gradient"]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no element of ``tensor`` is inf or NaN. Waits for the device."""
+    return all(value.isfinite().item() for value in extremes(tensor))
+
+
+def extremes(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return the least and the greatest element, 0-d each; both NaN where one element is. Nothing if it is empty.
+
+    They are finite if and only if every element is, and one read finds them. Unlike a sum they cannot overflow.
+    """
+    return tuple(torch.aminmax(tensor)) if tensor.numel() else ()
 
 
 def sparse_gradient(name: str) -> NotBuiltError:
@@ -39,6 +54,8 @@ class GradientWindow(ABC):
     def __init__(self, names: Mapping[nn.Parameter, str]) -> None:
         """``names``: of the parameters, for errors."""
         self._names = names
+        self._own_dtype: list[nn.Parameter] = []
+        """Parameters whose gradient has another dtype than they have."""
         self._in_backward = False
         self._aborted = False
         self._handles: list[RemovableHandle] = []
@@ -85,6 +102,18 @@ class GradientWindow(ABC):
         self._in_backward = False
         self._aborted = True
 
+    def allow_gradients_in(self, param: nn.Parameter, dtype: torch.dtype | None) -> None:
+        """Let ``param.grad`` have a dtype of its own; None: whichever it is given."""
+        param.grad_dtype = dtype
+        self._own_dtype.append(param)
+
+    @abstractmethod
+    def non_finite(self) -> tuple[nn.Parameter, tuple[int, ...] | None] | None:
+        """Return the first parameter in the order of backward whose reduced gradient has inf or NaN, and the ranks.
+
+        The ranks are those that had it before the reduction, or None where that was not watched. None: all is finite.
+        """
+
     @abstractmethod
     def wait(self) -> None:
         """Afterwards ``grad`` of each parameter is the reduced gradient, None where no rank used it."""
@@ -110,15 +139,28 @@ class GradientWindow(ABC):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for param in self._own_dtype:
+            param.grad = None
+            param.grad_dtype = param.dtype
+        self._own_dtype.clear()
 
 
 class LocalGradients(GradientWindow):
     """Gradients of the only rank, where autograd leaves them: nothing is copied, nothing reduced."""
 
-    def __init__(self, params: Sequence[nn.Parameter], names: Mapping[nn.Parameter, str]) -> None:
-        """Hook ``params``; ``names`` are for errors."""
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        names: Mapping[nn.Parameter, str],
+        dtypes: Mapping[nn.Parameter, ParameterDtypes],
+    ) -> None:
+        """Hook ``params``, in the order of the model; ``names`` are for errors."""
         super().__init__(names)
         self._params = list(params)
+        for param in params:
+            if dtypes[param].accumulate != param.dtype:
+                # Autograd itself adds in this dtype then.
+                self.allow_gradients_in(param, dtypes[param].accumulate)
         hook = self._hook()
         self._handles = [param.register_post_accumulate_grad_hook(hook) for param in params]
 
@@ -134,6 +176,12 @@ class LocalGradients(GradientWindow):
 
     def wait(self) -> None:
         """There is nobody to wait for."""
+
+    def non_finite(self) -> tuple[nn.Parameter, tuple[int, ...]] | None:
+        for param in reversed(self._params):
+            if param.grad is not None and not is_finite(param.grad):
+                return param, (0,)
+        return None
 
     def flats(self) -> list[Tensor]:
         found = []
@@ -152,7 +200,7 @@ class LocalGradients(GradientWindow):
     def restore(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
         self.clear()
         for param, gradient in gradients.items():
-            param.grad = gradient.clone()
+            param.grad = gradient.to(param.grad_dtype, copy=True)
 
     def detach(self) -> None:
         super().detach()

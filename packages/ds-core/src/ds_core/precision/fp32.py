@@ -21,6 +21,7 @@ class NoScaling(LossScaler):
     """A scale of 1 that never changes."""
 
     scale = 1.0
+    dynamic = False
 
     def update(self, *, overflowed: bool) -> None:
         """There is nothing to learn."""

@@ -25,6 +25,8 @@ class ScaledOptions(Section):
 class ConstantScale(LossScaler):
     """One factor for the whole run."""
 
+    dynamic = False
+
     def __init__(self, scale: float) -> None:
         self._scale = scale
 
