@@ -6,7 +6,7 @@ They execute nothing: a partition carries out the plan, the engine asks for the 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,7 +36,12 @@ class _LowPrecision(Precision):
 
     @property
     def scaler(self) -> LossScaler:
+        """The scaler in force; set it to scale by another one (``override_loss_scale`` of the optimizer's face)."""
         return self._scaler
+
+    @scaler.setter
+    def scaler(self, scaler: LossScaler) -> None:
+        self._scaler = scaler
 
     def overflowed(self, norm: float) -> bool:
         return self.skips_overflow and not math.isfinite(norm)
@@ -52,6 +57,11 @@ class Fp16(_LowPrecision):
         plan = _stored_plan(config, torch.float16, casts_inputs=config.fp16.auto_cast)
         super().__init__(config, plan, get_loss_scaler(config), skips_overflow=True)
 
+    def optimizer_face(self, engine: Any) -> Any:
+        from ds_fp16.optimizers import fp16_face
+
+        return fp16_face(engine)
+
 
 class Bf16(_LowPrecision):
     """bf16 weights with fp32 masters, nothing scaled; ``bf16.check_grad_overflow`` says whether inf or NaN skips."""
@@ -59,6 +69,11 @@ class Bf16(_LowPrecision):
     def __init__(self, config: Config) -> None:
         plan = _stored_plan(config, torch.bfloat16, casts_inputs=config.bf16.auto_cast)
         super().__init__(config, plan, NoScaling(), skips_overflow=config.bf16.check_grad_overflow)
+
+    def optimizer_face(self, engine: Any) -> Any:
+        from ds_fp16.optimizers import bf16_face
+
+        return bf16_face(engine)
 
 
 class TorchAutocast(_LowPrecision):
