@@ -200,7 +200,8 @@ def test_clip_grad_acts_from_the_next_step_on():
     free, _ = start(config={"gradient_clipping": 0.001})
     assert face.clip_grad == 0.5
     face.clip_grad = 0.001
-    assert face.clip_grad == 0.001
+    assert face.clip_grad == clipped.gradient_clipping() == 0.001
+    assert "0.001" in clipped.report()["clipping"]
     for engine in (clipped, free):
         engine.backward(loss_of(engine))
         engine.step()

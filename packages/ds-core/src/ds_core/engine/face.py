@@ -207,7 +207,8 @@ class EngineFace(nn.Module):
     # -- configuration ----------------------------------------------------------------------------------------------
 
     def gradient_clipping(self) -> float:
-        return self._config.gradient_clipping
+        """Return the largest gradient norm, 0 for any: the configuration's, or what was set on the optimizer's face."""
+        return self.parts.clip.max_norm
 
     def steps_per_print(self) -> int | None:
         return self._config.steps_per_print
