@@ -129,7 +129,7 @@ class Sharded(ReplicatedPartition):
 
     def shard(self, param):
         low, high = self.bounds(param, self.rank)
-        return param.detach().view(-1)[low:high].requires_grad_()
+        return self._masters.of(param).detach().view(-1)[low:high].requires_grad_()
 
     def params_and_shards(self):
         for whole, parts in zip(self.inputs.param_groups, self.groups, strict=True):
@@ -146,17 +146,18 @@ class Sharded(ReplicatedPartition):
         return found
 
     def pieces(self):
-        mine = {piece.of.name: piece for piece in self.optimizer_pieces()}
-        return [mine.get(piece.of.name, piece) for piece in super().pieces()]
+        mine = {(piece.of.name, piece.of.kind): piece for piece in self.optimizer_pieces()}
+        return [mine.get((piece.of.name, piece.of.kind), piece) for piece in super().pieces()]
 
     def reduce(self):
         super().reduce()
         squares = []
         for param, shard in self.params_and_shards():
             shard.grad = None
-            if param.grad is not None:
+            gradient = self._masters.of(param).grad
+            if gradient is not None:
                 low, high = self.bounds(param, self.rank)
-                shard.grad = param.grad.view(-1)[low:high].clone()
+                shard.grad = gradient.view(-1)[low:high].clone()
                 squares.append(shard.grad.double().square().sum())
         return SquaredNorm(torch.stack(squares).sum(), (self.inputs.group,))
 
@@ -166,7 +167,8 @@ class Sharded(ReplicatedPartition):
                 for rank in range(self.ranks):
                     low, high = self.bounds(param, rank)
                     if high > low:
-                        torch.distributed.broadcast(param.view(-1)[low:high], rank)
+                        torch.distributed.broadcast(self._masters.of(param).view(-1)[low:high], rank)
+        super().publish()
 
     def after_load(self):
         self.publish()

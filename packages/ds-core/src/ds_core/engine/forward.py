@@ -53,9 +53,11 @@ def _under_autocast(module: nn.Module, dtype: torch.dtype | None, device_type: s
             return module(*args, **kwargs)
 
     def under(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) != dtype:
+        other = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) != dtype
+        if other:
             tell_once()
-        with torch.autocast(device_type, dtype=dtype):
+        # torch keeps cast weights until the outermost autocast ends, and does not ask in which dtype (torch 2.13).
+        with torch.autocast(device_type, dtype=dtype, cache_enabled=not other):
             return module(*args, **kwargs)
 
     return without if dtype is None else under

@@ -71,7 +71,7 @@ class ReplicatedPartition(Partition):
             )
         else:
             self._gradients = LocalGradients(ordered, inputs.names, inputs.dtypes)
-        self._of = {piece.data: piece for piece in self.pieces()}
+        self._of = {piece.data: piece for piece in _stored_tensors(inputs.module, self._masters, self._world_size)}
 
     def _all_reduce(self, bucket: Bucket) -> Work:
         import torch.distributed as dist

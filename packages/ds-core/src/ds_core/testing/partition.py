@@ -7,6 +7,7 @@ ranks; gradients are compared by logical name and chunk, so where a partition ke
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from ds_core.config import load_config
-from ds_core.interfaces.logical import BUFFER, GRADIENT, WEIGHT, Chunk, LogicalTensor, Piece
+from ds_core.interfaces.logical import BUFFER, GRADIENT, MASTER, WEIGHT, Chunk, LogicalTensor, Piece
 from ds_core.interfaces.partition import Partition, PartitionInputs
 from ds_core.interfaces.precision import PrecisionPlan
 from ds_core.testing.ranks import run_ranks
@@ -110,11 +111,17 @@ class Case:
                 group=dist.group.WORLD,
                 device=torch.device("cpu"),
                 config=load_config({"train_micro_batch_size_per_gpu": 1, **data}, dp_world_size=self.world_size),
+                find_sources=True,
             )
         )
 
     def loss(self, seed: int, branches: str = "ab") -> Tensor:
         return self._loss(self.model, seed, self.rank, branches) * self.partition.loss_factor
+
+    def loss_in(self, dtype: torch.dtype) -> Tensor:
+        """Return this rank's loss with inputs of ``dtype``."""
+        loss: Tensor = self.model(torch.randn(4, 5, generator=torch.Generator().manual_seed(self.rank)).to(dtype))
+        return loss * self.partition.loss_factor
 
     @staticmethod
     def _loss(model: nn.Module, seed: int, rank: int, branches: str) -> Tensor:
@@ -332,6 +339,97 @@ def check_loading(*setup: Any) -> None:
     case.check_gradients()
 
 
+LOW = PrecisionPlan(stored=torch.bfloat16, reduce=torch.bfloat16, master=torch.float32)
+
+
+def check_masters(*setup: Any) -> None:
+    """What is updated has the bits that were given; what is stored is that, cast."""
+    case = Case(setup[0], setup[1], LOW)
+    given = dict(case.reference.named_parameters())
+    for tensor, piece in case.tensors():
+        assert (piece.of.kind, piece.of.dtype, tensor.dtype) == (MASTER, "float32", torch.float32)
+        assert torch.equal(tensor.detach().reshape(-1), part_of(given[piece.of.name], piece.chunk)), piece.of.name
+    check_stored(case, given)
+    optimizer = torch.optim.SGD(case.partition.optimizer_groups())
+    case.partition.begin_backward(reduce=True)
+    case.loss_in(torch.bfloat16).backward()
+    case.partition.end_backward()
+    case.partition.reduce()
+    before = [tensor.clone() for tensor, _ in case.tensors()]
+    used = [tensor for tensor, _ in case.tensors() if tensor.grad is not None]
+    assert used
+    assert all(tensor.grad is not None and tensor.grad.dtype == torch.float32 for tensor in used)
+    optimizer.step()
+    case.partition.publish()
+    case.partition.clear_gradients()
+    after = dict(_gathered(case))
+    assert any(not torch.equal(a, tensor) for a, (tensor, _) in zip(before, case.tensors(), strict=True))
+    check_stored(case, after)
+
+
+def check_stored(case: Case, masters: Mapping[str, Tensor]) -> None:
+    """The partition's weights are these masters, cast."""
+    for piece in case.partition.pieces():
+        if piece.of.kind == WEIGHT and piece.of.name in masters:
+            expected = part_of(masters[piece.of.name].detach(), piece.chunk).to(piece.data.dtype)
+            assert piece.data.dtype == torch.bfloat16
+            assert torch.equal(piece.data.detach().reshape(-1), expected), piece.of.name
+
+
+def _gathered(case: Case) -> list[tuple[str, Tensor]]:
+    """Return every master as a whole, from what the ranks hold."""
+    everyone: list[Any] = [None] * case.world_size
+    mine = [(piece.of, piece.chunk, tensor.detach().clone()) for tensor, piece in case.tensors()]
+    torch.distributed.all_gather_object(everyone, mine)
+    whole: dict[str, Tensor] = {}
+    for rows in everyone:
+        for of, chunk, data in rows:
+            full = whole.setdefault(of.name, torch.empty(of.shape))
+            box = full[tuple(slice(s, s + n) for s, n in zip(chunk.box.start, chunk.box.size, strict=True))]
+            flat = box.reshape(-1).clone()
+            flat[chunk.offset : chunk.offset + chunk.length] = data.reshape(-1)
+            box.copy_(flat.view(chunk.box.size))
+    return list(whole.items())
+
+
+def check_masters_from_outside(*setup: Any) -> None:
+    """Masters that were loaded reach the weights; weights that were written to reach the masters."""
+    case = Case(setup[0], setup[1], LOW)
+    generator = torch.Generator().manual_seed(3)
+    new = {name: torch.randn(param.shape, generator=generator) for name, param in case.reference.named_parameters()}
+    trained = {piece.of.name for _, piece in case.tensors()}
+    with torch.no_grad():
+        for piece in case.partition.pieces():
+            if piece.of.kind == MASTER:
+                piece.data.copy_(part_of(new[piece.of.name], piece.chunk).view_as(piece.data))
+    case.partition.after_load()
+    check_stored(case, {name: value for name, value in new.items() if name in trained})
+    with torch.no_grad():
+        for piece in case.partition.pieces():
+            if piece.of.kind == WEIGHT:
+                piece.data.fill_(0.75)
+    case.partition.refresh_masters()
+    assert all(torch.equal(tensor, torch.full_like(tensor, 0.75)) for tensor, _ in case.tensors())
+
+
+def check_overflow_source(*setup: Any) -> None:
+    """The first parameter from the loss on, and the rank whose gradient it was."""
+    for bad in (math.inf, math.nan):
+        case = Case(*setup)
+        last = case.world_size - 1
+        if case.rank == last:
+            for param in (case.model.a.weight, case.model.first.weight):
+                param.register_hook(partial(torch.mul, bad))
+        case.partition.begin_backward(reduce=True)
+        case.loss(0).backward()
+        case.partition.end_backward()
+        assert not math.isfinite(case.partition.reduce().value.item()) or case.world_size > 1
+        source = case.partition.find_overflow()
+        assert source.parameter == "a.weight"
+        assert source.ranks in (None, (last,))
+        case.partition.clear_gradients()
+
+
 def check_two_partitions(*setup: Any) -> None:
     """Two engines in one process do not touch each other."""
     one, two = Case(*setup), Case(*setup)
@@ -364,6 +462,9 @@ CHECKS: tuple[Callable[..., None], ...] = (
     check_abort,
     check_coverage,
     check_loading,
+    check_masters,
+    check_masters_from_outside,
+    check_overflow_source,
     check_two_partitions,
     check_destroy,
 )
