@@ -1,6 +1,7 @@
 """The whole life of a training run, in a few minutes on two CPU cores: train, stop, resume, plot, sample.
 
-    nox -s demo                      or, where ds-core and ds-launcher are installed: python examples/demo.py
+    nox -s demo                      or, where ds-core, ds-launcher and ds-fp16 are installed: python examples/demo.py
+    nox -s demo -- --precision fp32  the same in fp32; or fp16, autocast; bf16 is the default
 
 Each step is a command that works by itself; the demo only prints and runs one after the other. What they write is in
 ``runs/demo``. ``examples/gpt/README.md`` walks through the code.
@@ -27,7 +28,7 @@ def main() -> int:
     begin = time.monotonic()
     ds, gpt = Path(sys.executable).with_name("ds"), HERE / "gpt"
     train = [ds, "run", "--nproc", args.nproc, gpt / "train.py", "--out", args.out, "--steps", args.steps]
-    train += args.train_options
+    train += ["--precision", args.precision, *args.train_options]
 
     run("Train on the source of Python's standard library, and stop half way:", *train, "--stop-after", args.steps // 2)
     run("Go on from the checkpoint, as if nothing had happened:", *train, "--resume")
@@ -36,8 +37,9 @@ def main() -> int:
 
     lines = [json.loads(line) for line in (args.out / "history.jsonl").read_text().splitlines()]
     losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    after = f"{losses[-1]:.2f} after {lines[-1]['step']} steps in {args.precision}"
     print(f"""
-Validation loss: {losses[0]:.2f} nats per byte before training, {losses[-1]:.2f} after {lines[-1]["step"]} steps.
+Validation loss: {losses[0]:.2f} nats per byte before training, {after}.
 {time.monotonic() - begin:.0f} seconds in all. What is left of it:
   {args.out / "loss.png"}  the loss, with a mark where the run was stopped and resumed
   {args.out / "history.jsonl"}  the numbers behind it
@@ -61,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nproc", type=int, default=default_nproc(), help="ranks, each a process")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps; fewer end before the schedule does")
+    parser.add_argument("--precision", choices=["fp32", "fp16", "bf16", "autocast"], default="bf16")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything it writes")
     parser.add_argument("train_options", nargs="*", help="after a --: passed on to train.py")
     return parser.parse_args()

@@ -77,6 +77,29 @@ def test_the_demo_leaves_a_plot_a_checkpoint_and_a_sample(demo: tuple[Path, str]
     assert len(sample) > 200
 
 
+def test_the_demo_trains_in_bf16_and_says_so_once(demo: tuple[Path, str]) -> None:
+    _, printed = demo
+    assert printed.count("--precision bf16") == 2
+    assert printed.count("precision       Bf16") == 1
+    (row,) = [line for line in printed.splitlines() if line.startswith("0 ")]
+    assert row.split()[3:8] == ["bfloat16", "bfloat16", "bfloat16", "bfloat16", "float32"]
+    assert f"after {STEPS} steps in bf16." in printed
+
+
+def test_a_sample_is_written_by_the_fp32_masters(demo: tuple[Path, str]) -> None:
+    code = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+from sample import load_model
+weight = load_model(Path(sys.argv[2])).embedding.weight
+print(weight.dtype, bool((weight == weight.bfloat16()).all()))
+"""
+    # What training stored in bf16 has come back with digits that bf16 does not have.
+    assert run(sys.executable, "-c", code, EXAMPLES / "gpt", demo[0]).split() == ["torch.float32", "False"]
+
+
 def test_an_untrained_model_is_about_as_good_as_guessing(uninterrupted: Path) -> None:
     # ln 256 = 5.545. A little less: tied weights make a repeated byte likely from the start, and blanks do repeat.
     first = values(history(uninterrupted), "validation_loss")[0]

@@ -19,7 +19,8 @@ HISTORY_FILE = "history.jsonl"
 class History:
     """The run's numbers, one JSON object a line, so that a run cut short leaves a file that still reads.
 
-    Lines are ``{"step", "loss", "lr", "tokens_per_s"}``, ``{"step", "validation_loss"}`` and ``{"step", "resumed"}``.
+    Lines are ``{"step", "loss", "lr", "tokens_per_s", "skipped_steps"}``, ``{"step", "validation_loss"}`` and
+    ``{"step", "resumed"}``.
     """
 
     def __init__(self, folder: Path, *, resumed_at: int | None) -> None:
@@ -82,10 +83,10 @@ class Report:
         self._task = self._bar.add_task("training", total=total, completed=start, numbers="")
         self._bar.start()
 
-    def step(self, step: int, *, loss: float, lr: float, tokens_per_s: float) -> None:
+    def step(self, step: int, *, loss: float, lr: float, tokens_per_s: float, skipped_steps: int) -> None:
         if not self.enabled:
             return
-        self._history.add(step, loss=loss, lr=lr, tokens_per_s=round(tokens_per_s))
+        self._history.add(step, loss=loss, lr=lr, tokens_per_s=round(tokens_per_s), skipped_steps=skipped_steps)
         self._training = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s"
         self._show(step)
         now = time.monotonic()

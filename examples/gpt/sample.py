@@ -31,7 +31,8 @@ PROMPT = "class Reader:\n    def __init__(self, path):\n        self."
 def load_model(folder: Path) -> GPT:
     """Return the model of the last checkpoint in ``folder``; it may have been saved by any number of ranks."""
     model = GPT(GPTConfig(**json.loads((folder / MODEL_FILE).read_text())))
-    # Without an optimizer an engine only runs forward.
+    # Without an optimizer an engine only runs forward, and without a precision it does so in fp32: after training in a
+    # lower one the weights are those of the optimizer, its fp32 masters.
     engine, *_ = ds_core.initialize(model=model, config={"train_batch_size": 1, "log_level": "warning"})
     engine.load_checkpoint(folder, load_module_only=True)
     return engine.module.eval()

@@ -3,8 +3,10 @@
     ds run --nproc 2 train.py --out runs/gpt                  two ranks, here two CPU cores or two GPUs
     ds run --nproc 2 train.py --out runs/gpt --resume         goes on from the last checkpoint
     python train.py --config my_ds_config.json                one process, another configuration
+    python train.py --precision fp32                          the same configuration, but this precision
 
 Batch size, optimizer, schedule, precision and ZeRO stage are read from the configuration; this file knows none of them.
+``--precision`` only switches sections of the configuration on and off.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from data import Windows
@@ -38,15 +40,20 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 MODEL_FILE = "model.json"
 VALIDATION_BATCHES, VALIDATION_BATCH_SIZE = 8, 8
+PRECISIONS = {"fp32": None, "fp16": "fp16", "bf16": "bf16", "autocast": "torch_autocast"}
+"""What ``--precision`` may be, and the section of the configuration that it enables."""
 
 
 def main() -> None:
     args = parse_arguments()
+    if args.precision:
+        args.deepspeed_config = with_precision(json.loads(Path(args.deepspeed_config).read_text()), args.precision)
     torch.manual_seed(args.seed)
     model = GPT(GPTConfig(context=args.context, layers=args.layers, heads=args.heads, channels=args.channels))
 
-    # The configuration's path travels in args.deepspeed_config. The engine puts the model on this rank's device, makes
-    # it equal on all ranks, and builds optimizer, schedule and a loader that deals the windows out to the ranks.
+    # The configuration, a path or a dict, travels in args.deepspeed_config. The engine puts the model on this rank's
+    # device, makes it equal on all ranks, and builds optimizer, schedule and a loader that deals the windows out to the
+    # ranks.
     engine, _, loader, _ = ds_core.initialize(
         args=args, model=model, model_parameters=model.parameters(), training_data=Windows("train", args.context)
     )
@@ -70,6 +77,7 @@ def train(engine: DeepSpeedEngine, loader: Iterable[Batch], args: argparse.Names
         (args.out / MODEL_FILE).write_text(json.dumps(dataclasses.asdict(engine.module.config)))
     held_out = validation_batches(args.context)
     if engine.global_steps == 0:
+        report.say(f"{engine.precision_report()}\n")
         report.validation(0, validation_loss(engine, held_out))
 
     begin = time.monotonic() - seconds_before
@@ -93,7 +101,8 @@ def train(engine: DeepSpeedEngine, loader: Iterable[Batch], args: argparse.Names
             # Reading a number makes the host wait for the device, which is why it is not done at every step.
             mean = sum_over_ranks(torch.stack(losses).mean()) / comm.get_world_size()
             speed = (step - told_step) * tokens_per_step / (time.monotonic() - told_at)
-            report.step(step, loss=mean, lr=engine.get_lr()[0], tokens_per_s=speed)
+            skipped = engine.skipped_steps  # those whose gradients did not fit fp16, while its loss scale is found
+            report.step(step, loss=mean, lr=engine.get_lr()[0], tokens_per_s=speed, skipped_steps=skipped)
             losses, told_step, told_at = [], step, time.monotonic()
         paused_at = time.monotonic()
         if step % args.validate_every == 0 or step == last:
@@ -107,6 +116,13 @@ def train(engine: DeepSpeedEngine, loader: Iterable[Batch], args: argparse.Names
     report.close()
     seconds = time.monotonic() - begin
     report.say(f"stopped at step {engine.global_steps} of {args.steps}, {seconds:.0f} s of training; see {args.out}")
+
+
+def with_precision(config: dict[str, Any], precision: str) -> dict[str, Any]:
+    """Return ``config`` with the section of ``precision`` enabled, the others not; what else they say is kept."""
+    chosen = PRECISIONS[precision]
+    sections = {name: {**config.get(name, {}), "enabled": name == chosen} for name in PRECISIONS.values() if name}
+    return {**config, **sections}
 
 
 def validation_batches(context: int) -> list[Batch]:
@@ -141,6 +157,7 @@ def sum_over_ranks(value: Tensor) -> float:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deepspeed_config", "--config", default=str(HERE / "ds_config.json"), help="a ds_config.json")
+    parser.add_argument("--precision", choices=PRECISIONS, help="instead of the configuration's")
     parser.add_argument("--out", type=Path, default=Path("runs/gpt"), help="folder of checkpoints and history")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps in all, as the schedule has them")
