@@ -1,7 +1,12 @@
 """The training loops that are compared: ours, and the ones a person would write by hand in plain PyTorch.
 
 All do the same work per optimizer step: accumulation, the mean over ranks, clipping by the global norm, fused AdamW
-and, where the recipe asks for it, a warm-up of the learning rate.
+and, where the recipe asks for it, a warm-up of the learning rate. In low precision they also cast, scale the loss
+(fp16) and send gradients in the same dtype.
+
+Note: what low precision means here. Ours is what the configuration's section does: ``bf16`` and ``fp16`` store the
+model in that dtype and update fp32 masters, ``autocast`` keeps fp32 weights. A hand-written loop has both ways: with
+``masters`` it does what ours does, else it is autocast over fp32 weights, the usual recipe of plain PyTorch.
 """
 
 from __future__ import annotations
@@ -13,14 +18,47 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
 
-__all__ = ["Contender", "DdpLoop", "DsCore", "PlainLoop", "Recipe", "largest_difference"]
+__all__ = [
+    "DTYPES",
+    "SCALE_POWER",
+    "Contender",
+    "DdpLoop",
+    "DsCore",
+    "PlainLoop",
+    "Recipe",
+    "add_dtype_argument",
+    "largest_difference",
+]
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "autocast": torch.bfloat16}
+"""What ``--dtype`` may be -> what matrix products compute in; None: in the dtype of the weights, fp32."""
+SCALE_POWER, SCALE_WINDOW = 12, 100_000
+"""The loss scale of fp16 starts at 2**SCALE_POWER and would double after SCALE_WINDOW steps, more than are run.
+
+Nothing overflows there, so both update in every step. Times 2**16 a loss in fp16 is inf, and who skips is up to how the
+scale is applied.
+"""
+
+
+def add_dtype_argument(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+    """Add ``--dtype``, one row each."""
+    parser.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        nargs="+",
+        default=list(default),
+        help=f"precision, one row each (default: {' '.join(default)})",
+    )
 
 
 @dataclass(frozen=True)
@@ -33,6 +71,13 @@ class Recipe:
     lr: float = 1e-4
     warmup_steps: int = 0
     """Length of the logarithmic warm-up from 0; 0: the learning rate is constant."""
+    dtype: str = "fp32"
+    """One of ``DTYPES``; see "Note: what low precision means here"."""
+
+    @property
+    def compute(self) -> torch.dtype | None:
+        """What matrix products compute in, and gradients are sent in; None: fp32."""
+        return DTYPES[self.dtype]
 
     @property
     def adamw(self) -> dict[str, Any]:
@@ -56,6 +101,16 @@ class Recipe:
         if self.warmup_steps:
             params = {"warmup_min_lr": 0.0, "warmup_max_lr": self.lr, "warmup_num_steps": self.warmup_steps}
             config["scheduler"] = {"type": "WarmupLR", "params": params}
+        if self.dtype == "bf16":
+            config["bf16"] = {"enabled": True, "auto_cast": True}
+        elif self.dtype == "fp16":
+            # hysteresis 1: the first overflow halves the scale, as in torch's GradScaler.
+            scaling = {"initial_scale_power": SCALE_POWER, "loss_scale_window": SCALE_WINDOW, "hysteresis": 1}
+            config["fp16"] = {"enabled": True, "auto_cast": True, **scaling}
+        elif self.dtype == "autocast":
+            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+            # Else only the gradients of linear layers and convolutions would travel in bf16; DDP's hook sends all so.
+            config["communication_data_type"] = "bf16"
         return config
 
 
@@ -93,11 +148,27 @@ class PlainLoop(Contender):
 
     name = "plain loop"
 
-    def __init__(self, module: nn.Module, recipe: Recipe, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self, module: nn.Module, recipe: Recipe, batches: Sequence[tuple[Tensor, Tensor]], *, masters: bool = False
+    ) -> None:
+        """``masters``: store ``module`` in the recipe's dtype and update fp32 copies; False: autocast, if not fp32."""
         super().__init__(recipe, batches)
         self._module = module
         self._parameters = list(module.parameters())
-        self._optimizer = torch.optim.AdamW(self._parameters, **recipe.adamw, fused=True)
+        self._updated: Sequence[Tensor] = self._parameters
+        """What the optimizer updates."""
+        self._masters = masters
+        if masters:
+            self._updated = [parameter.detach().clone() for parameter in self._parameters]
+            module.to(recipe.compute)
+        self._optimizer = torch.optim.AdamW(self._updated, **recipe.adamw, fused=True)
+        self._scaler: torch.amp.GradScaler | None = None
+        device = self._parameters[0].device.type
+        if recipe.dtype == "fp16":
+            self._scaler = torch.amp.GradScaler(device, init_scale=2.0**SCALE_POWER, growth_interval=SCALE_WINDOW)
+        self._autocast: AbstractContextManager[None] = nullcontext()
+        if recipe.compute is not None and not masters:
+            self._autocast = torch.autocast(device, dtype=recipe.compute)
         self._steps = 0
 
     @property
@@ -105,23 +176,54 @@ class PlainLoop(Contender):
         return sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
 
     def _micro_step(self, inputs: Tensor, targets: Tensor, *, is_last: bool) -> Tensor:
-        loss: Tensor = self._module(inputs, targets)
+        if self._masters:
+            inputs, targets = (_cast(tensor, self.recipe.compute) for tensor in (inputs, targets))
+        with self._autocast:
+            loss: Tensor = self._module(inputs, targets)
         self._backward(loss)
         return loss
 
     def _backward(self, loss: Tensor) -> None:
         accumulation = self.recipe.accumulation
-        (loss / accumulation if accumulation > 1 else loss).backward()
+        if accumulation > 1:
+            loss = loss / accumulation
+        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
 
     def _update(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self._parameters, self.recipe.clipping)
+        if self._masters:
+            for master, parameter in zip(self._updated, self._parameters, strict=True):
+                assert parameter.grad is not None
+                master.grad = parameter.grad.float()
+        if self._scaler is not None:
+            self._scaler.unscale_(self._optimizer)
+        torch.nn.utils.clip_grad_norm_(self._updated, self.recipe.clipping)
         if self.recipe.warmup_steps:
             lr = self.recipe.lr_at(self._steps)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
-        self._optimizer.step()
+        if self._scaler is not None:
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+        else:
+            self._optimizer.step()
         self._optimizer.zero_grad()
+        if self._masters:
+            with torch.no_grad():
+                torch._foreach_copy_(self._parameters, self._updated)
+            self._module.zero_grad()
         self._steps += 1
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _send_in_bf16(group: Any, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations; these are strings
+    # torch's own hook, which DDP refuses by its name where the backend is not NCCL. gloo sums bf16 all the same.
+    return default_hooks.bf16_compress_hook(group, bucket)
+
+
+_SEND_IN = {torch.bfloat16: _send_in_bf16, torch.float16: default_hooks.fp16_compress_hook}
 
 
 class DdpLoop(PlainLoop):
@@ -134,9 +236,13 @@ class DdpLoop(PlainLoop):
         batches: Sequence[tuple[Tensor, Tensor]],
         *,
         gradient_as_bucket_view: bool,
+        masters: bool = False,
     ) -> None:
-        self._ddp = DistributedDataParallel(module, gradient_as_bucket_view=gradient_as_bucket_view)
-        super().__init__(self._ddp, recipe, batches)
+        # First: it may cast the module, and DDP makes its buckets of what it is given.
+        super().__init__(module, recipe, batches, masters=masters)
+        self._module = self._ddp = DistributedDataParallel(module, gradient_as_bucket_view=gradient_as_bucket_view)
+        if recipe.compute is not None and not masters:
+            self._ddp.register_comm_hook(None, _SEND_IN[recipe.compute])
 
     def _micro_step(self, inputs: Tensor, targets: Tensor, *, is_last: bool) -> Tensor:
         with nullcontext() if is_last else self._ddp.no_sync():

@@ -78,7 +78,9 @@ class Gpt(nn.Module):
         x = self.embed(inputs) + self.position.weight[: inputs.shape[1]]
         for block in self.blocks:
             x = block(x)
-        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatten())
+        # The loss in fp32 whatever the precision, as autocast and most bf16 models have it; nothing in fp32.
+        logits = self.head(self.norm(x)).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 class Mlp(nn.Module):

@@ -22,7 +22,7 @@ sys.path.append(
     str(BENCHMARKS)
 )  # the scripts find each other as their own folder does; last, so that nothing is hidden
 
-from _contenders import Contender, DdpLoop, PlainLoop, Recipe, largest_difference  # noqa: E402
+from _contenders import DTYPES, SCALE_POWER, Contender, DdpLoop, PlainLoop, Recipe, largest_difference  # noqa: E402
 from _models import GPT_SIZES, Gpt, Mlp, byte_batches  # noqa: E402
 from _pairs import Bar, Interval, PairTimes, median_interval, time_pairs  # noqa: E402
 from _ranks import launcher_ranks, threads_per_rank, usable_cores  # noqa: E402
@@ -343,10 +343,10 @@ def test_batches_shift_by_one_byte_and_follow_the_seed() -> None:
     assert not torch.equal(inputs, first[1][0])
 
 
-def mlp_loop(recipe: Recipe) -> PlainLoop:
+def mlp_loop(recipe: Recipe, *, masters: bool = False) -> PlainLoop:
     torch.manual_seed(0)
     batches = [(torch.randn(8, 16), torch.randn(8, 16)) for _ in range(4)]
-    return PlainLoop(Mlp(16), recipe, batches)
+    return PlainLoop(Mlp(16), recipe, batches, masters=masters)
 
 
 def test_the_recipes_warmup_is_warmup_lr() -> None:
@@ -363,6 +363,67 @@ def test_the_recipe_and_its_configuration_agree() -> None:
     assert config["scheduler"]["params"]["warmup_num_steps"] == 10
     assert config["optimizer"]["params"]["lr"] == config["scheduler"]["params"]["warmup_max_lr"]
     json.dumps(config)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "reduced", "master"),
+    [
+        ("fp32", None, None, None),
+        ("bf16", torch.bfloat16, torch.bfloat16, torch.float32),
+        ("fp16", torch.float16, torch.float16, torch.float32),
+        ("autocast", None, torch.bfloat16, None),
+    ],
+)
+def test_the_configuration_trains_in_the_recipes_dtype(dtype: str, stored, reduced, master) -> None:
+    import ds_core
+
+    engine = ds_core.initialize(model=Mlp(16), config=Recipe(micro_batch=1, accumulation=1, dtype=dtype).config())[0]
+    plan = engine.parts.precision.plan
+    scale = engine.parts.precision.scaler.scale
+    engine.destroy()
+    assert (plan.stored, plan.reduce, plan.master) == (stored, reduced, master)
+    assert plan.autocast == (DTYPES[dtype] if dtype == "autocast" else None)
+    assert (scale == 1.0) == (dtype != "fp16")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_loop_with_masters_updates_them_and_copies_them_back(dtype: str) -> None:
+    recipe = Recipe(micro_batch=8, accumulation=1, lr=1e-2, clipping=0.01, dtype=dtype)
+    loop, plain = mlp_loop(recipe, masters=True), mlp_loop(recipe)
+    # The masters have every bit of the weights they were given.
+    assert all(map(torch.equal, loop._updated, plain._parameters))
+    twin = Mlp(16).to(DTYPES[dtype])
+    twin.load_state_dict(loop._module.state_dict())
+    masters = [master.clone() for master in loop._updated]
+    optimizer = torch.optim.AdamW(masters, **recipe.adamw, fused=True)
+    # A power of two, so that taking it out again rounds nothing.
+    scale = 2.0**SCALE_POWER if dtype == "fp16" else 1.0
+    for step in range(3):
+        inputs, targets = (tensor.to(DTYPES[dtype]) for tensor in loop._batches[step])
+        (twin(inputs, targets) * scale).backward()
+        for master, parameter in zip(masters, twin.parameters(), strict=True):
+            master.grad, parameter.grad = parameter.grad.float() / scale, None
+        assert torch.nn.utils.clip_grad_norm_(masters, recipe.clipping) > recipe.clipping
+        optimizer.step()
+        for master, parameter in zip(masters, twin.parameters(), strict=True):
+            parameter.data.copy_(master)
+        loop.step()
+        for found, master, parameter in zip(loop._updated, masters, loop._parameters, strict=True):
+            assert torch.equal(found, master)
+            assert torch.equal(parameter, found.to(DTYPES[dtype]))
+            assert parameter.grad is None
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "autocast"])
+def test_a_loop_without_masters_computes_under_autocast(dtype: str) -> None:
+    loop = mlp_loop(Recipe(micro_batch=8, accumulation=2, lr=1e-2, dtype=dtype))
+    outputs: list[torch.Tensor] = []
+    loop._module.layers.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+    before = [parameter.detach().clone() for parameter in loop._parameters]
+    loop.step()
+    assert {output.dtype for output in outputs} == {DTYPES[dtype]}
+    assert {parameter.dtype for parameter in loop._parameters} == {torch.float32}
+    assert not any(map(torch.equal, loop._parameters, before))
 
 
 def test_accumulation_of_the_plain_loop_is_the_mean_of_its_micro_batches() -> None:
@@ -431,3 +492,42 @@ def test_help_shows_how_to_run_it(script: str) -> None:
     assert done.returncode == 0, done.stderr
     assert f"python benchmarks/{script}" in done.stdout
     assert "--json PATH" in done.stdout
+
+
+def results_of(script: str, tmp_path: Path, *options: str) -> dict:
+    """Run ``script`` as it is run to see that it runs, for one pair; return its JSON."""
+    path = tmp_path / "results.json"
+    command = [sys.executable, BENCHMARKS / script, "--smoke", "--pairs", "1", "--warmup", "0", "--accumulation", "2"]
+    done = subprocess.run(
+        [*command, *options, "--json", path], capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(path.read_text())
+    # One pair is too few for a verdict, and bytes need none: no assertion depends on time.
+    assert [row["result"]["count"] for row in document["rows"]] == [1] * len(document["rows"])
+    return document
+
+
+@pytest.mark.parametrize(("dtype", "peer"), [("bf16", "DDP"), ("fp16", "DDP bucket view"), ("autocast", "DDP")])
+def test_stage_0_trains_in_low_precision_what_ddp_does(tmp_path: Path, dtype: str, peer: str) -> None:
+    document = results_of("stage0.py", tmp_path, "--dtype", dtype, "--peer", peer, "--only", "time")
+    # The script itself has compared the losses.
+    assert [row["name"] for row in document["rows"]] == [f"step time, tiny {dtype}, accumulation 2, vs {peer}"]
+    assert document["settings"]["dtypes"] == [dtype]
+
+
+def test_overhead_in_low_precision_is_judged_by_the_step(tmp_path: Path) -> None:
+    document = results_of("overhead.py", tmp_path, "--dtype", "bf16", "fp16", "--ranks", "1")
+    assert [(row["name"], row["bar"]["limit"]) for row in document["rows"]] == [
+        ("per step, bf16, 1 rank, accumulation 2, vs plain loop", 80.0),
+        ("per step, fp16, 1 rank, accumulation 2, vs plain loop", 80.0),
+    ]
+    assert document["settings"]["dtypes"] == ["bf16", "fp16"]
+
+
+def test_stage_0_counts_the_memory_of_low_precision(tmp_path: Path) -> None:
+    document = results_of("stage0.py", tmp_path, "--dtype", "bf16", "--peer", "DDP", "--only", "memory", "--ranks", "1")
+    (row,) = document["rows"]
+    assert row["name"] == "peak memory, tiny bf16, accumulation 2, vs DDP"
+    # Weights, masters and two moments at least: 14 bytes for each of 134,912 parameters.
+    assert 14 * 134_912 / 2**20 < row["ours"]["median"] < row["peer"]["median"]
