@@ -152,16 +152,16 @@ class DeepSpeedEngine(EngineFace):
             self.overflow_history.good_step()
         else:
             self.overflow_history.note(overflow)
-        try:
-            self.parts.precision.after_step(skipped=skipped)
-        except LossScaleError as error:
-            raise self.overflow_history.explain(error) from error
         progress = self.progress
         progress.norm = norm
         progress.outcome = Outcome.SKIPPED if skipped else Outcome.UPDATED
         progress.skipped_steps += skipped
         progress.global_steps += 1
         progress.global_samples += self.train_batch_size()
+        try:
+            self.parts.precision.after_step(skipped=skipped)
+        except LossScaleError as error:
+            raise self.overflow_history.explain(error) from error
         if self.parts.observers:
             record = StepRecord(
                 progress.global_steps,

@@ -133,7 +133,7 @@ class OptimizerFace(DeepSpeedOptimizer):
     @property
     def dynamic_loss_scale(self) -> bool:
         """Whether the scale is found while training."""
-        return bool(getattr(self.loss_scaler, "dynamic", False))
+        return self.loss_scaler.dynamic
 
     @property
     def loss_scale(self) -> float | None:
