@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 import ds_core
 from ds_core import comm
+from ds_core.testing import low_precision
+from ds_core.testing.matrix import drawn, pairwise, seed_of_today
 from ds_core.testing.ranks import run_ranks
 from ds_core.testing.reference import (
+    MIXED_MODELS,
     MODELS,
     OUTPUTS,
     Case,
@@ -20,8 +24,21 @@ from ds_core.testing.reference import (
     loss_of,
     micro_batch,
     reference,
+    start,
     train,
 )
+
+FACTORS = {
+    "model": MODELS,
+    "output": OUTPUTS,
+    "accumulation": (1, 2, 3),
+    "clipping": (0.0, 0.05),
+    "optimizer": ("SGD", "AdamW"),
+}
+WORLD_SIZES = (1, 2, 4)
+PAIRS = [Case(**row) for row in pairwise(FACTORS)]
+MIXED = [Case(**row) for row in pairwise({**FACTORS, "model": MIXED_MODELS})]
+"""Without masters: parameters given in 16 bits are trained in them, compared in norm."""
 
 
 def wrong_cases(cases: list[Case]) -> dict[str, list[str]]:
@@ -35,29 +52,6 @@ def wrong_cases(cases: list[Case]) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_every_case_equals_plain_pytorch(world_size):
-    [results] = run_ranks([partial(wrong_cases, list(every_case()))], world_size, timeout_s=120)
-    assert results == [{}] * world_size
-
-
-def test_four_ranks_equal_plain_pytorch():
-    # A covering set: every pair of factor values occurs (the full product at 4 ranks takes minutes on two cores).
-    cases = [
-        Case(model, OUTPUTS[(i + j) % 4], accumulation=1 + (i + j) % 3, clipping=clipping, optimizer=optimizer)
-        for i, model in enumerate(MODELS)
-        for j, (clipping, optimizer) in enumerate([(0.0, "SGD"), (0.05, "AdamW"), (0.05, "SGD"), (0.0, "AdamW")])
-    ]
-    [results] = run_ranks([partial(wrong_cases, cases)], 4, timeout_s=120)
-    assert results == [{}] * 4
-
-
-@pytest.mark.slow
-def test_every_case_on_four_ranks():
-    [results] = run_ranks([partial(wrong_cases, list(every_case()))], 4, timeout_s=600)
-    assert results == [{}] * 4
-
-
 def train_with_one_rank_off(factor: float) -> list[str]:
     """Multiply rank 1's loss by ``factor``; return what the comparison says."""
     case = Case("plain", optimizer="SGD")
@@ -65,29 +59,9 @@ def train_with_one_rank_off(factor: float) -> list[str]:
     return differences(case, tampered, reference(case, comm.get_world_size(), comm.get_rank()))
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_a_rank_counted_wrongly_is_noticed(world_size):
-    # The mutation check of P03: a comparison that accepts these shows nothing.
-    for problems in run_ranks([partial(train_with_one_rank_off, factor) for factor in (2.0, 0.0, 0.5)], world_size):
-        for of_rank in problems:
-            assert any("gradient of" in problem for problem in of_rank)
-            assert any("weight" in problem for problem in of_rank)
-
-
 def run_engines(interleaved: bool) -> list[dict[str, torch.Tensor]]:
     """Train two different models, step by step in turn or one after the other; return their weights."""
     cases = [Case("all", optimizer="AdamW", accumulation=2, clipping=0.05), Case("tied", "dict", optimizer="SGD")]
-
-    def start(case: Case):
-        return ds_core.initialize(
-            model=build_model(case),
-            config={
-                "train_micro_batch_size_per_gpu": 2,
-                "gradient_accumulation_steps": case.accumulation,
-                "gradient_clipping": case.clipping,
-                "optimizer": {"type": case.optimizer, "params": case.options},
-            },
-        )[0]
 
     def micro_step(engine, case: Case, index: int) -> None:
         tokens, use = micro_batch(index, 0, comm.get_rank())
@@ -106,14 +80,6 @@ def run_engines(interleaved: bool) -> list[dict[str, torch.Tensor]]:
             for index in range(6):
                 micro_step(engines[-1], case, index)
     return [{name: value.clone() for name, value in engine.module_state_dict().items()} for engine in engines]
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_two_engines_interleaved_equal_two_apart(world_size):
-    together, apart = run_ranks([partial(run_engines, True), partial(run_engines, False)], world_size)
-    for of_rank, expected in zip(together, apart, strict=True):
-        for weights, want in zip(of_rank, expected, strict=True):
-            assert all(torch.equal(weights[name], want[name]) for name in want)
 
 
 def several_backwards() -> tuple[dict[str, torch.Tensor | None], dict[str, torch.Tensor | None]]:
@@ -138,12 +104,83 @@ def several_backwards() -> tuple[dict[str, torch.Tensor | None], dict[str, torch
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_several_backwards_before_a_step_add_up(world_size):
-    [results] = run_ranks([several_backwards], world_size)
-    for twice, once in results:
+def todays(world_size: int) -> list[Case]:
+    """Return those of today's 20 cases that run on ``world_size`` ranks."""
+    rows = drawn({**FACTORS, "world_size": WORLD_SIZES}, 20, seed=seed_of_today())
+    return [Case(**row) for row in rows if row.pop("world_size") == world_size]
+
+
+@pytest.fixture(scope="module", params=WORLD_SIZES)
+def world_size(request) -> int:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def results(world_size) -> dict[str, list[Any]]:
+    """Everything of one world size in one spawn: what is asked -> what each rank answered."""
+    jobs = {
+        "pairs": partial(wrong_cases, PAIRS),
+        "today": partial(wrong_cases, todays(world_size)),
+        "mixed": partial(low_precision.wrong_cases, MIXED),
+        "together": partial(run_engines, True),
+        "apart": partial(run_engines, False),
+        "several": several_backwards,
+    }
+    if world_size > 1:
+        jobs.update({f"off by {factor}": partial(train_with_one_rank_off, factor) for factor in (2.0, 0.0, 0.5)})
+    return dict(zip(jobs, run_ranks(list(jobs.values()), world_size, timeout_s=120), strict=True))
+
+
+def test_every_pair_of_values_equals_plain_pytorch(results, world_size):
+    assert results["pairs"] == [{}] * world_size
+
+
+def test_cases_drawn_today_equal_plain_pytorch(results, world_size):
+    cases = "\n".join(map(str, todays(world_size)))
+    assert results["today"] == [{}] * world_size, f"DS_MATRIX_SEED={seed_of_today()} drew\n{cases}"
+
+
+def test_models_of_mixed_dtypes_equal_plain_pytorch(results, world_size):
+    assert results["mixed"] == [{}] * world_size
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.0, 0.5])
+@pytest.mark.parametrize("world_size", WORLD_SIZES[1:], indirect=True)
+def test_a_rank_counted_wrongly_is_noticed(results, factor):
+    # The mutation check of P03: a comparison that accepts these shows nothing.
+    for of_rank in results[f"off by {factor}"]:
+        assert any(problem.startswith("step 0: gradient of ") for problem in of_rank)
+        assert any(problem.startswith("step 0: weight ") for problem in of_rank)
+
+
+def test_two_engines_interleaved_equal_two_apart(results):
+    for of_rank, expected in zip(results["together"], results["apart"], strict=True):
+        for weights, want in zip(of_rank, expected, strict=True):
+            assert all(torch.equal(weights[name], want[name]) for name in want)
+
+
+def check_sums(of_ranks: list[Any]) -> None:
+    for twice, once in of_ranks:
         for name, want in once.items():
             assert (twice[name] is None) == (want is None), name
             if want is not None:
                 # As in ds_core.testing.reference: sums of the same numbers in another order.
                 torch.testing.assert_close(twice[name], want, rtol=2**-14, atol=2**-14)
+
+
+def test_several_backwards_before_a_step_add_up(results):
+    check_sums(results["several"])
+
+
+def test_several_backwards_on_three_ranks_add_up():
+    # A third of a sum, three times over, is not exactly the sum.
+    [of_ranks] = run_ranks([several_backwards], 3)
+    check_sums(of_ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1300)
+@pytest.mark.parametrize("world_size", WORLD_SIZES, indirect=True)
+def test_every_case(world_size):
+    [results] = run_ranks([partial(wrong_cases, list(every_case()))], world_size, timeout_s=1200)
+    assert results == [{}] * world_size

@@ -11,6 +11,8 @@ Note: the bound
     SGD, and lr / eps times it with Adam, whose update has slope at most 1 / eps; ``ADAM_EPS`` is large so that this
     stays small. Over the few steps of a case errors add up. A halved or doubled share of one rank is larger than this
     by orders of magnitude.
+
+Precisions other than fp32 are compared by :mod:`ds_core.testing.low_precision`, on the same models and traces.
 """
 
 from __future__ import annotations
@@ -25,16 +27,33 @@ from torch import Tensor, nn
 
 import ds_core
 from ds_core import comm
+from ds_core.interfaces.logical import MASTER
 
-__all__ = ["Case", "Trace", "build_model", "differences", "every_case", "loss_of", "micro_batch", "reference", "train"]
+__all__ = [
+    "Case",
+    "Trace",
+    "build_model",
+    "differences",
+    "every_case",
+    "logical_values",
+    "loss_of",
+    "micro_batch",
+    "reference",
+    "start",
+    "train",
+]
 
 MODELS = ("plain", "tied", "frozen", "unused", "zero_size", "all")
+MIXED_MODELS = ("mixed", "all_mixed")
+"""Some parameters given in bf16 or fp16; no element-wise bound holds for them."""
 OUTPUTS = ("tensor", "tuple", "dict", "dataclass")
 LR = 0.05
 ADAM_EPS = 0.05
 GRADIENT_BOUND = 2.0**-17
 """Of the largest element of the tensor's gradient."""
 STEPS = 3
+SCALE_POWER = 10
+"""Of two: the first loss scale in fp16. Gradients here are of size 1 to 30, so nothing overflows by itself."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,34 @@ class Case:
     accumulation: int = 1
     clipping: float = 0.0
     optimizer: str = "SGD"
+    precision: str = "fp32"
+    """``fp32``, ``fp16``, ``bf16``, ``autocast bf16`` or ``autocast fp16``."""
+    accumulate: str | None = None
+    """``data_types.grad_accum_dtype``."""
+    reduce: str | None = None
+    """``communication_data_type``."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration of an engine that trains this."""
+        found: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": self.clipping,
+            "optimizer": {"type": self.optimizer, "params": self.options},
+        }
+        if self.precision == "fp16":
+            # A window of 1: the scale grows within the few steps of a case.
+            found["fp16"] = {"enabled": True, "initial_scale_power": SCALE_POWER, "loss_scale_window": 1}
+        elif self.precision == "bf16":
+            found["bf16"] = {"enabled": True}
+        elif self.precision != "fp32":
+            found["torch_autocast"] = {"enabled": True, "dtype": self.precision.removeprefix("autocast ")}
+        if self.accumulate is not None:
+            found["data_types"] = {"grad_accum_dtype": self.accumulate}
+        if self.reduce is not None:
+            found["communication_data_type"] = self.reduce
+        return found
 
     @property
     def options(self) -> dict[str, Any]:
@@ -80,7 +127,7 @@ class OddModel(nn.Module):
 
     def __init__(self, kind: str, output: str) -> None:
         super().__init__()
-        has = MODELS[1:-1] if kind == "all" else (kind,)
+        has = {"all": MODELS[1:-1], "all_mixed": (*MODELS[1:-1], "mixed")}.get(kind, (kind,))
         self.output = output
         self.embed = nn.Embedding(self.VOCABULARY, self.WIDTH)
         self.block = nn.Linear(self.WIDTH, self.WIDTH)  # used twice in one forward
@@ -96,21 +143,34 @@ class OddModel(nn.Module):
         if "zero_size" in has:
             self.nothing = nn.Parameter(torch.empty(0, 4))
         self.register_buffer("scale", torch.tensor([1.5]))
+        if "mixed" in has:
+            self.block.bfloat16()
+            for name in {"frozen", "head"} - ({"head"} if "tied" in has else set()):
+                if hasattr(self, name):
+                    getattr(self, name).half()
 
     def forward(self, tokens: Tensor, use_sometimes: bool) -> Any:
         hidden = self.embed(tokens)
-        hidden = hidden + torch.tanh(self.block(hidden))
-        hidden = hidden + torch.tanh(self.block(self.norm(hidden)))
+        hidden = hidden + torch.tanh(_into(self.block, hidden))
+        hidden = hidden + torch.tanh(_into(self.block, _into(self.norm, hidden)))
         if hasattr(self, "frozen"):
-            hidden = hidden + self.frozen(hidden)
+            hidden = hidden + _into(self.frozen, hidden)
         if hasattr(self, "sometimes") and use_sometimes:
-            hidden = hidden + self.sometimes(hidden)
-        logits = self.head(hidden) * self.scale
+            hidden = hidden + _into(self.sometimes, hidden)
+        logits = _into(self.head, hidden) * self.get_buffer("scale")
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         if hasattr(self, "nothing"):
             loss = loss + self.nothing.sum()
         forms = {"tuple": (loss, logits), "dict": {"loss": loss, "logits": logits}, "dataclass": Output(loss, logits)}
         return forms.get(self.output, loss)
+
+
+def _into(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """Call ``layer`` in the dtype of its own weight, as models of mixed dtypes do."""
+    assert isinstance(layer.weight, Tensor)
+    result = layer(hidden.to(layer.weight.dtype))
+    assert isinstance(result, Tensor)
+    return result
 
 
 def build_model(case: Case) -> nn.Module:
@@ -152,6 +212,14 @@ class Trace:
     """Per step, before clipping."""
     norms: list[float] = field(default_factory=list)
     weights: list[dict[str, Tensor]] = field(default_factory=list)
+    """Per step, after it."""
+    masters: list[dict[str, Tensor]] = field(default_factory=list)
+    """Per step, after it; of the parameters that have one."""
+    scales: list[float] = field(default_factory=list)
+    """Per step, the loss scale of its backwards."""
+    skipped: list[bool] = field(default_factory=list)
+    start_weights: dict[str, Tensor] = field(default_factory=dict)
+    start_masters: dict[str, Tensor] = field(default_factory=dict)
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:
@@ -185,44 +253,77 @@ def reference(case: Case, world_size: int, rank: int = 0) -> Trace:
     return trace
 
 
+def start(case: Case, config: Mapping[str, Any] | None = None) -> Any:
+    """Return an engine for ``case``; ``config`` are sections to add to its own."""
+    engine = ds_core.initialize(model=build_model(case), config={**case.config, **(config or {})})[0]
+    if case.precision == "autocast fp16":
+        # There is no key for it, and the first steps at torch's 2**16 would be lost.
+        scaler = engine.parts.precision.scaler
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**SCALE_POWER})
+    return engine
+
+
+def logical_values(engine: Any, kind: str) -> dict[str, Tensor]:
+    """Return the whole tensors of ``kind``, in whatever chunks the ranks hold them. Collective."""
+    mine = [
+        (piece.of, piece.chunk, piece.data.detach().flatten())
+        for piece in engine.parts.partition.pieces()
+        if piece.of.kind == kind
+    ]
+    every: list[Any] = [None] * comm.get_world_size()
+    torch.distributed.all_gather_object(every, mine)
+    found: dict[str, Tensor] = {}
+    for of, chunk, data in (piece for pieces in every for piece in pieces):
+        whole = found.setdefault(of.name, torch.full(of.shape, float("nan"), dtype=data.dtype))
+        for span in chunk.spans():
+            box = tuple(slice(at, at + size) for at, size in zip(span.box.start, span.box.size, strict=True))
+            whole[box] = data[span.offset : span.offset + span.box.numel].view(span.box.size)
+    return found
+
+
+def _masters(engine: Any, case: Case) -> dict[str, Tensor]:
+    return {} if case.precision == "fp32" else logical_values(engine, MASTER)
+
+
 def train(
     case: Case,
     config: Mapping[str, Any] | None = None,
     *,
+    steps: int = STEPS,
     tamper: Callable[[Tensor], Tensor] = lambda loss: loss,
+    before_backward: Callable[[Any, int, int], None] = lambda engine, step, micro: None,
     gradients: Callable[[nn.Module], dict[str, Tensor | None]] = _gradients,
+    weights: Callable[[nn.Module], dict[str, Tensor]] = _weights,
 ) -> Trace:
     """Train through an engine, on every rank of the process group.
 
     Args:
         case: what.
         config: sections to add, such as ``{"zero_optimization": {"stage": 1}}``.
+        steps: how many.
         tamper: applied to the loss before backward; for showing that the comparison notices.
-        gradients: how to read the reduced gradients, between the last backward and the step.
+        before_backward: called with the engine, the step and the micro-batch.
+        gradients: how to read the reduced gradients, still scaled, between the last backward and the step.
+        weights: how to read the weights by name, after a step.
     """
-    engine, *_ = ds_core.initialize(
-        model=build_model(case),
-        config={
-            "train_micro_batch_size_per_gpu": 2,
-            "gradient_accumulation_steps": case.accumulation,
-            "gradient_clipping": case.clipping,
-            "optimizer": {"type": case.optimizer, "params": case.options},
-            **(config or {}),
-        },
-    )
-    trace, rank = Trace(), comm.get_rank()
-    for step in range(STEPS):
+    engine = start(case, config)
+    trace, rank = Trace(start_weights=weights(engine.module), start_masters=_masters(engine, case)), comm.get_rank()
+    for step in range(steps):
+        trace.scales.append(engine.cur_scale)
         losses = []
         for micro in range(case.accumulation):
             loss = loss_of(engine(*micro_batch(step, micro, rank)))
             losses.append(loss.item())
+            before_backward(engine, step, micro)
             engine.backward(tamper(loss))
             if micro == case.accumulation - 1:
                 trace.gradients.append(gradients(engine.module))
             engine.step()
         trace.losses.append(losses)
         trace.norms.append(engine.get_global_grad_norm())
-        trace.weights.append(_weights(engine.module))
+        trace.skipped.append(not engine.was_step_applied())
+        trace.weights.append(weights(engine.module))
+        trace.masters.append(_masters(engine, case))
     engine.destroy()
     return trace
 
