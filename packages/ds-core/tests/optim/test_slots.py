@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -118,6 +119,40 @@ def test_it_goes_on_bit_for_bit(name, saved_at, tmp_path):
     run(*original, range(saved_at, saved_at + 3))
     run(*resumed, range(saved_at, saved_at + 3))
     assert differing(original, resumed) == []
+
+
+def with_odd_slots(slots: dict[str, torch.Tensor]) -> tuple[torch.optim.Optimizer, list[Piece]]:
+    optimizer, pieces = build("SGD")
+    optimizer.state[pieces[0].data].update({name: value.clone() for name, value in slots.items()})
+    return optimizer, pieces
+
+
+def test_slots_that_torch_would_cast_keep_their_dtype(tmp_path):
+    slots = {
+        "exact": torch.full((4, 3), 1 / 3, dtype=torch.float64),
+        "low": torch.ones(4, 3, dtype=torch.bfloat16),
+        "count": torch.tensor(2**53 + 1),
+        "mask": torch.ones(4, 3, dtype=torch.bool),
+    }
+    state = save(*with_odd_slots(slots), tmp_path)
+    optimizer, pieces = build("SGD")
+    load(optimizer, pieces, tmp_path, state)
+    loaded = optimizer.state[pieces[0].data]
+    assert loaded.keys() == slots.keys()
+    assert all(same(loaded[name], value) for name, value in slots.items())
+
+
+def test_slots_follow_a_parameter_that_has_another_dtype_now(tmp_path):
+    slots = {"average": torch.full((4, 3), 1 / 3), "count": torch.tensor(2**53 + 1)}
+    state = save(*with_odd_slots(slots), tmp_path)
+    optimizer, pieces = build("SGD")
+    low = [replace(piece, data=piece.data.detach().bfloat16().requires_grad_()) for piece in pieces]
+    for group, own in zip(optimizer.param_groups, (low[:2], low[2:]), strict=True):
+        group["params"] = [piece.data for piece in own]
+    load(optimizer, low, tmp_path, state)
+    loaded = optimizer.state[low[0].data]
+    assert same(loaded["average"], slots["average"].bfloat16())
+    assert same(loaded["count"], slots["count"])
 
 
 def test_a_slot_of_another_shape_belongs_to_the_whole_parameter():

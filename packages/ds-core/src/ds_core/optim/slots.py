@@ -129,6 +129,24 @@ def restore_optimizer(
     optimizer.load_state_dict(
         {"state": {index: by_name[name] for index, name in enumerate(flat) if by_name[name]}, "param_groups": packed}
     )
+    updated_in = {of.name: of.dtype for kind in (WEIGHT, MASTER) for of in reader.tensors() if of.kind == kind}
+    for piece in pieces:
+        _undo_casts(optimizer.state.get(piece.data, {}), by_name[piece.of.name], piece, updated_in.get(piece.of.name))
+
+
+def _undo_casts(state: dict[str, Any], read: Mapping[str, Any], piece: Piece, was_updated_in: str | None) -> None:
+    """Put back what torch's ``load_state_dict`` cast: it gives every slot but ``step`` the dtype of its parameter.
+
+    Whole numbers always. Floating-point ones where the optimizer updated a tensor of this dtype before: one of another
+    dtype expects its state in that.
+    """
+    same_dtype = was_updated_in == str(piece.data.dtype).removeprefix("torch.")
+    for slot, value in read.items():
+        loaded = state.get(slot)
+        if slot == "step" or not isinstance(value, torch.Tensor) or not isinstance(loaded, torch.Tensor):
+            continue
+        if loaded.dtype != value.dtype and (same_dtype or not value.is_floating_point()):
+            state[slot] = value.to(loaded.device)
 
 
 def _empty_like_slot(of: LogicalTensor, piece: Piece) -> torch.Tensor:
