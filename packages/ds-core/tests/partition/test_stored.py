@@ -78,6 +78,14 @@ def test_buffers_are_cast_where_the_plan_says_so():
     assert dict(module.named_buffers())["mean"] is module.mean
 
 
+def test_a_buffer_that_modules_share_is_cast_once():
+    module = Mixed()
+    module.full.register_buffer("also", module.mean)
+    stored(module, plan_of(torch.bfloat16, buffer=torch.bfloat16))
+    assert module.full.also is module.mean
+    assert [name for name, _ in module.named_buffers()] == ["mean", "count"]
+
+
 def test_without_a_stored_dtype_nothing_is_cast_and_only_others_than_the_masters_dtype_have_one():
     module = Mixed()
     masters = stored(module, PrecisionPlan(master=torch.float32))
@@ -98,6 +106,27 @@ def test_publish_and_refresh():
         module.weight.fill_(3.0)
     masters.refresh()
     assert torch.equal(master, torch.full((2, 2), 3.0))
+
+
+def test_a_master_keeps_its_digits_where_the_parameter_was_not_written_to():
+    module = nn.Linear(2, 2)
+    masters = stored(module, plan_of(torch.bfloat16))
+    given = masters.of(module.weight).clone()
+    with torch.no_grad():
+        module.bias.fill_(3.0)
+    masters.refresh()
+    assert torch.equal(masters.of(module.weight), given)
+    assert not torch.equal(given, module.weight.float()), "they are digits that the parameter does not have"
+    assert masters.of(module.bias).tolist() == [3.0, 3.0]
+
+
+def test_a_parameter_that_is_not_a_number_reaches_its_master():
+    module = nn.Linear(2, 2)
+    masters = stored(module, plan_of(torch.bfloat16))
+    with torch.no_grad():
+        module.weight[0, 0] = float("nan")
+    masters.refresh()
+    assert masters.of(module.weight).isnan().sum() == 1
 
 
 def test_gradients_are_copied_only_into_another_dtype():

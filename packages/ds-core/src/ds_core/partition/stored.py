@@ -72,9 +72,13 @@ class Masters:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy every parameter into its master."""
-        if self._of:
-            torch._foreach_copy_(list(self._of.values()), list(self._of))
+        """Copy every parameter that is not its master, cast, into its master.
+
+        One that is was not written to, and the master keeps the digits that the parameter does not have.
+        """
+        for param, master in self._of.items():
+            if not torch.equal(param, master.to(param.dtype)):
+                master.copy_(param)
 
 
 @torch.no_grad()
@@ -88,7 +92,11 @@ def cast_stored(module: nn.Module, dtypes: Mapping[nn.Parameter, ParameterDtypes
             param.data = param.data.to(of_param.stored)
     if plan.buffer is None:
         return
+    # A buffer that several modules share stays one.
+    cast: dict[Tensor, Tensor] = {}
     for submodule in module.modules():
-        for name, buffer in submodule.named_buffers(recurse=False):
+        for name, buffer in submodule.named_buffers(recurse=False, remove_duplicate=False):
             if buffer.is_floating_point() and buffer.dtype != plan.buffer:
-                setattr(submodule, name, buffer.to(plan.buffer))
+                if buffer not in cast:
+                    cast[buffer] = buffer.to(plan.buffer)
+                setattr(submodule, name, cast[buffer])
