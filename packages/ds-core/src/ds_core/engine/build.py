@@ -310,7 +310,7 @@ def _optimizer(arguments: Arguments, partition: Partition) -> torch.optim.Optimi
             trained = [param for param in own["params"] if param.requires_grad]
             for param, updated in zip(trained, group["params"], strict=True):
                 if param in given.state and updated is not param:
-                    given.state[updated] = given.state.pop(param)
+                    given.state[updated] = _state_for(updated, given.state.pop(param))
             own["params"] = group["params"]
         return given
     if given is not None:
@@ -325,6 +325,19 @@ def _optimizer(arguments: Arguments, partition: Partition) -> torch.optim.Optimi
         return built
     assert section is not None
     return build_optimizer(section.type, section.params, groups)
+
+
+def _state_for(updated: torch.Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``state`` of a parameter for the tensor updated in its place: what is shaped like it has its dtype.
+
+    As torch's ``load_state_dict`` would cast it; an optimizer that was used on bf16 parameters has its state in bf16.
+    """
+    return {
+        slot: value.to(updated.dtype)
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == updated.shape
+        else value
+        for slot, value in state.items()
+    }
 
 
 def _schedule(arguments: Arguments, optimizer: torch.optim.Optimizer) -> LRSchedule | None:
