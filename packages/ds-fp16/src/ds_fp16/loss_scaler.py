@@ -234,7 +234,7 @@ class DynamicLossScaler(LossScalerBase):
             raise CheckpointError(
                 f"no loss scaler can be in this state: {dict(state)}",
                 where="state of the loss scaler",
-                fix="load another checkpoint, or load this one without its optimizer",
+                fix="load another checkpoint, or only the weights of this one: load_module_only=True",
             )
         self.cur_scale = max(float(scale), float(self.min_scale))
         self.cur_iter = int(iteration)
@@ -413,6 +413,6 @@ def _number(state: Mapping[str, Any], name: str, otherwise: float) -> float:
         raise CheckpointError(
             f"{name} is {value!r}, expected a finite number",
             where="state of the loss scaler",
-            fix="load another checkpoint, or load this one without its optimizer",
+            fix="load another checkpoint, or only the weights of this one: load_module_only=True",
         )
     return value

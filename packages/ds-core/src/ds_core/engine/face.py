@@ -350,9 +350,8 @@ class EngineFace(nn.Module):
         return found
 
     def load_module_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load ``checkpoint["module"]`` into the module; masters begin anew from it."""
-        self.module.load_state_dict(checkpoint["module"], strict=strict)
-        self.parts.partition.refresh_masters()
+        """Load ``checkpoint["module"]`` into the module; masters begin anew from it, with all digits it has."""
+        state.load_weights(self, checkpoint["module"], strict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of the window so far; the window itself goes on."""

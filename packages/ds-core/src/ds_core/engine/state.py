@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     from ds_core.engine.face import EngineFace
     from ds_core.interfaces.checkpoint import CheckpointReader
     from ds_core.interfaces.logical import LogicalTensor
+    from ds_core.interfaces.precision import LossScaler, PrecisionPlan
 
-__all__ = ["LoadOptions", "load", "save"]
+__all__ = ["LoadOptions", "load", "load_weights", "save"]
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ def _capture(engine: EngineFace, client_state: Mapping[str, Any], exclude_frozen
         "accumulation": window.steps,
         "stage": engine.zero_optimization_stage(),
         "precision": type(parts.precision).__name__,
+        "plan": _plan_in_words(parts.precision.plan),
+        "loss_scale": parts.precision.scaler.scale,
         "scaler": encode(parts.precision.scaler.state_dict(), "loss scaler"),
         "extra_state": encode(_extra_state(engine.module), "extra state of the model"),
         "excluded": sorted(frozen) if exclude_frozen else [],
@@ -214,12 +218,16 @@ def load(
 def _restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) -> None:
     parts, state = engine.parts, reader.state
     # Everything that can be refused is, before the first tensor changes.
-    _check_window(engine, reader, options)
+    scale = state["loss_scale"] if options.module_only else _scale_after(engine, state)
+    _check_window(engine, reader, options, scale)
     of_optimizer = parts.partition.optimizer_pieces()
     optimizer = engine.basic_optimizer if options.optimizer and "optimizer" in state else None
     if optimizer is not None:
         check_groups(optimizer, of_optimizer, state["optimizer"]["groups"])
+    changes = _precision_changes(engine, state, options, scale)
     _restore_weights(engine, reader, options)
+    if changes:
+        log_dist(f"the checkpoint was written in another precision: {'; '.join(changes)}")
     if options.module_only:
         return
     parts.partition.clear_gradients()
@@ -232,7 +240,7 @@ def _restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions)
         engine.lr_scheduler.load_state_dict(decode(state["schedule"]))
     if engine.training_dataloader is not None and "data" in state:
         engine.training_dataloader.load_state_dict(decode(state["data"]))
-    _restore_scaler(engine, state)
+    _restore_scaler(parts.precision.scaler, type(parts.precision).__name__, state)
     progress = engine.progress
     progress.global_steps = state["global_steps"]
     progress.global_samples = state["global_samples"]
@@ -247,22 +255,52 @@ def _restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions)
         restore_rng(decode(reader.rank_state(rank)["rng"]), engine.device)
 
 
-def _restore_scaler(engine: EngineFace, state: Mapping[str, Any]) -> None:
-    """Go on with the loss scale of the checkpoint, unless that was written in another precision."""
+def _plan_in_words(plan: PrecisionPlan) -> dict[str, str]:
+    """Return the dtypes of ``plan``, those that are given, by field."""
+    given = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    return {name: str(dtype).removeprefix("torch.") for name, dtype in given.items() if isinstance(dtype, torch.dtype)}
+
+
+def _precision_changes(engine: EngineFace, state: Mapping[str, Any], options: LoadOptions, scale: float) -> list[str]:
+    """Return, in words, what is another precision here than where the checkpoint was written, and what that means.
+
+    ``scale``: the loss scale after loading.
+    """
     precision = engine.parts.precision
-    here, there = type(precision).__name__, state["precision"]
-    if here == there:
-        precision.scaler.load_state_dict(decode(state["scaler"]))
-        return
-    scale = precision.scaler.scale
-    log_dist(
-        f"the checkpoint was written in {there}, this engine trains in {here}: weights are taken from the masters "
-        "where there are any and cast, optimizer state is kept, "
-        f"the loss scale {'starts anew at' if scale != 1 else 'is'} {scale:g}"
-    )
+    here, there = _plan_in_words(precision.plan), state["plan"]
+    found = [
+        f"{name} dtype {there.get(name, 'not set')} -> {here.get(name, 'not set')}"
+        for name in sorted({*here, *there})
+        if here.get(name) != there.get(name)
+    ]
+    if type(precision).__name__ != state["precision"]:
+        found.insert(0, f"{state['precision']} -> {type(precision).__name__}")
+    if not found:
+        return []
+    if options.custom is None:
+        found.append("weights are taken from the masters where there are any, and cast")
+    if not options.module_only:
+        found.append("optimizer state is kept" if options.optimizer else "optimizer state is not loaded")
+    if scale != state["loss_scale"]:
+        found.append(f"the loss scale starts anew, {state['loss_scale']:g} -> {scale:g}")
+    return found
 
 
-def _check_window(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) -> None:
+def _scale_after(engine: EngineFace, state: Mapping[str, Any]) -> float:
+    """Return the loss scale that this engine will have once :func:`_restore_scaler` ran on its own scaler."""
+    precision = engine.parts.precision
+    scaler = copy.deepcopy(precision.scaler)
+    _restore_scaler(scaler, type(precision).__name__, state)
+    return scaler.scale
+
+
+def _restore_scaler(scaler: LossScaler, precision: str, state: Mapping[str, Any]) -> None:
+    """Go on with the scaler of the checkpoint, unless that was written in another precision."""
+    if precision == state["precision"]:
+        scaler.load_state_dict(decode(state["scaler"]))
+
+
+def _check_window(engine: EngineFace, reader: CheckpointReader, options: LoadOptions, scale: float) -> None:
     if options.module_only or not options.optimizer or engine.basic_optimizer is None or not reader.state["in_window"]:
         return
     precisions = reader.state["precision"], type(engine.parts.precision).__name__
@@ -273,6 +311,7 @@ def _check_window(engine: EngineFace, reader: CheckpointReader, options: LoadOpt
             where="load_checkpoint",
             fix=f"load it in {precisions[0]} and save at a step boundary, or pass load_optimizer_states=False",
         )
+    _check_gradients(engine, reader, scale)
     accumulation = reader.state["accumulation"]
     if engine.gradient_accumulation_steps() != accumulation:
         raise CheckpointError(
@@ -292,11 +331,33 @@ def _check_window(engine: EngineFace, reader: CheckpointReader, options: LoadOpt
         )
 
 
+def _check_gradients(engine: EngineFace, reader: CheckpointReader, scale: float) -> None:
+    """Refuse gradients of an unfinished window that those to come could not be added to."""
+    fix = "load it with the settings it was written with and save at a step boundary, or load_optimizer_states=False"
+    if scale != reader.state["loss_scale"]:
+        raise CheckpointError(
+            f"checkpoint was saved inside an accumulation window at loss scale {reader.state['loss_scale']:g}, this "
+            f"job's is {scale:g}; its unfinished gradients carry the other one",
+            where="load_checkpoint",
+            fix=fix,
+        )
+    inputs = engine.parts.partition.inputs
+    expected = {inputs.names[param]: dtypes.accumulate for param, dtypes in inputs.dtypes.items()}
+    for of in reader.tensors():
+        if of.kind == GRADIENT and of.name in expected and getattr(torch, of.dtype) != expected[of.name]:
+            raise CheckpointError(
+                f"checkpoint was saved inside an accumulation window whose gradients are {of.dtype}, this job's are "
+                f"{str(expected[of.name]).removeprefix('torch.')}",
+                where=f"load_checkpoint, parameter {of.name!r}",
+                fix=fix,
+            )
+
+
 def _restore_weights(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) -> None:
     stored = {(of.name, of.kind): of for of in reader.tensors()}
     wanted = list(engine.parts.partition.pieces())
     if options.custom is not None:
-        options.custom(src=_full_state_dict(reader), dst=engine.module)
+        options.custom(src=_full_state_dict(engine, reader), dst=engine.module)
         engine.parts.partition.refresh_masters()
         return
     found: list[Piece] = []
@@ -335,12 +396,40 @@ def _best_source(piece: Piece, stored: Mapping[tuple[str, str], LogicalTensor]) 
     return next((stored[piece.of.name, kind] for kind in kinds if (piece.of.name, kind) in stored), None)
 
 
-def _full_state_dict(reader: CheckpointReader) -> dict[str, torch.Tensor]:
-    found = {
-        of.name: Piece(of, Chunk.whole(of.shape), torch.empty(of.shape, dtype=getattr(torch, of.dtype)))
-        for of in reader.tensors()
-        if of.kind in (WEIGHT, BUFFER)
-    }
+def load_weights(engine: EngineFace, weights: Mapping[str, Any], strict: bool) -> None:
+    """Load a state dict into the module, and its full digits into the masters of weights that are stored in fewer."""
+    partition = engine.parts.partition
+    engine.module.load_state_dict(weights, strict=strict)
+    partition.refresh_masters()
+    given = {logical_name(name): value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    inputs = partition.inputs
+    stored = {inputs.names[param]: dtypes.stored for param, dtypes in inputs.dtypes.items()}
+    for piece in partition.pieces():
+        name = piece.of.name
+        if piece.of.kind != MASTER or name not in given or given[name].shape != piece.of.shape:
+            continue
+        value = _part(given[name], piece.chunk).to(piece.data).view_as(piece.data)
+        # Not where the module made something else of what it was given.
+        if torch.equal(value.to(stored[name]).to(value.dtype), piece.data):
+            piece.data.copy_(value)
+
+
+def _part(full: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    """Return the elements of ``chunk``, flat."""
+    box = full[tuple(slice(start, start + size) for start, size in zip(chunk.box.start, chunk.box.size, strict=True))]
+    return box.reshape(-1)[chunk.offset : chunk.offset + chunk.length]
+
+
+def _full_state_dict(engine: EngineFace, reader: CheckpointReader) -> dict[str, torch.Tensor]:
+    """Return weights and buffers by name, in the dtypes they have here, weights with what digits their masters have."""
+    here = {piece.of.name: piece.data.dtype for piece in engine.parts.partition.pieces() if piece.of.kind != MASTER}
+    # Masters come last, so that they are what is found under their names.
+    stored = sorted(reader.tensors(), key=lambda of: of.kind == MASTER)
+    found = {}
+    for of in stored:
+        if of.kind in (WEIGHT, BUFFER, MASTER):
+            dtype = here.get(of.name, getattr(torch, of.dtype))
+            found[of.name] = Piece(of, Chunk.whole(of.shape), torch.empty(of.shape, dtype=dtype))
     reader.read(list(found.values()))
     return {name: piece.data for name, piece in found.items()}
 
