@@ -529,5 +529,6 @@ def test_stage_0_counts_the_memory_of_low_precision(tmp_path: Path) -> None:
     document = results_of("stage0.py", tmp_path, "--dtype", "bf16", "--peer", "DDP", "--only", "memory", "--ranks", "1")
     (row,) = document["rows"]
     assert row["name"] == "peak memory, tiny bf16, accumulation 2, vs DDP"
+    assert row["bar"] is None
     # Weights, masters and two moments at least: 14 bytes for each of 134,912 parameters.
     assert 14 * 134_912 / 2**20 < row["ours"]["median"] < row["peer"]["median"]
