@@ -511,6 +511,15 @@ def test_the_rank_with_inf_or_nan_is_remembered(value, dtype):
     gradients.clear()
 
 
+def test_an_overflow_of_the_cast_for_the_collective_is_the_ranks_own():
+    plan = PrecisionPlan(reduce=torch.float16)
+    module = nn.Linear(2, 2)
+    gradients = bucketer(module, HalfWire(), plan=plan, find_sources=True)
+    backward(gradients, (module.weight * 1e5).sum())
+    assert gradients.non_finite() == (module.weight, (0,))
+    gradients.clear()
+
+
 def test_an_overflow_of_the_sum_alone_is_nobodys():
     module = nn.Linear(2, 2).to(torch.float16)
     big = torch.full((2, 2), 6e4, dtype=torch.float16)

@@ -84,11 +84,12 @@ class Bucket:
             self.message = self.storage
 
     def mark_source(self, rank: int) -> None:
-        """Write down whether the gradients of this rank, ``rank``, are finite."""
-        self.sources.zero_()
-        values = extremes(self.gradients)
+        """Write into the sealed message whether what ``rank``, this one, sends is finite: the cast may have been it."""
+        gradients, _, sources = self.message.split([self.numel, len(self.flags), len(self.sources)])
+        sources.zero_()
+        values = extremes(gradients)
         if values:
-            self.sources[rank] = torch.stack(values).isfinite().all().logical_not()
+            sources[rank] = torch.stack(values).isfinite().all().logical_not()
 
     def unfilled(self) -> list[int]:
         """Return the places of the parameters without a gradient in this window, on this rank."""
@@ -239,9 +240,9 @@ class Bucketer(GradientWindow):
         for place in bucket.unfilled():
             bucket.slots[place].zero_()
             bucket.flags[place].zero_()
+        bucket.seal()
         if len(bucket.sources):
             bucket.mark_source(self._rank)
-        bucket.seal()
         try:
             bucket.work = self._start(bucket)
         except RuntimeError as error:
