@@ -31,7 +31,8 @@ def build_forward(module: nn.Module, plan: PrecisionPlan, device: torch.device) 
     dtype = plan.input_cast
 
     def with_cast_inputs(*args: Any, **kwargs: Any) -> Any:
-        return forward(*_cast_floats(args, dtype), **_cast_floats(kwargs, dtype))
+        cast = [_cast_floats(value, dtype) for value in args]
+        return forward(*cast, **{name: _cast_floats(value, dtype) for name, value in kwargs.items()})
 
     return with_cast_inputs
 
@@ -75,6 +76,10 @@ def _tell(dtype: torch.dtype | None, outer: torch.dtype) -> None:
 
 
 def _cast_floats(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
     from torch.utils._pytree import tree_map_only
 
-    return tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, value)
+    return tree_map_only(torch.Tensor, lambda tensor: _cast_floats(tensor, dtype), value)
