@@ -25,7 +25,7 @@ _HERE = {
     "DeepSpeedConfig": "ds_core.config",
     "DeepSpeedConfigError": "ds_core.config",
     "DeepSpeedDataLoader": "ds_core.data",
-    "DeepSpeedOptimizer": "ds_core.optim.face",
+    "DeepSpeedOptimizer": "ds_core.engine.optimizer_face",
     "RepeatingLoader": "ds_core.data",
     "logger": "ds_core.log",
     "log_dist": "ds_core.log",

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ds_core.engine.optimizer_face import OptimizerFace
 from ds_core.errors import CheckpointError, EngineError
-from ds_core.optim.face import OptimizerFace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ds_core.optim.face import OptimizerFace
+    from ds_core.engine.optimizer_face import OptimizerFace
     from ds_fp16.norms import CheckOverflow
 
 __all__ = ["BF16_Optimizer", "FP16_Optimizer", "FP16_UnfusedOptimizer", "bf16_face", "fp16_face"]

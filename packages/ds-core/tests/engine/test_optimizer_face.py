@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import ds_core
+from ds_core.engine.optimizer_face import DeepSpeedOptimizer, OptimizerFace, OverriddenScale
 from ds_core.errors import CheckpointError, ConfigError, EngineError, NotBuiltError
 from ds_core.interfaces.precision import LossScaler
-from ds_core.optim.face import DeepSpeedOptimizer, OptimizerFace, OverriddenScale
 from ds_core.precision.fp32 import NoScaling
 from ds_core.schedules import build_schedule
 from ds_core.testing.state import reset_globals
