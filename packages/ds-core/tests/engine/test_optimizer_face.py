@@ -12,7 +12,7 @@ import torch
 
 import ds_core
 from ds_core.engine.optimizer_face import DeepSpeedOptimizer, OptimizerFace, OverriddenScale
-from ds_core.errors import CheckpointError, ConfigError, EngineError, NotBuiltError
+from ds_core.errors import CheckpointError, ConfigError, EngineError, LossScaleError, NotBuiltError
 from ds_core.interfaces.precision import LossScaler
 from ds_core.precision.fp32 import NoScaling
 from ds_core.schedules import build_schedule
@@ -54,7 +54,20 @@ class Doubling(LossScaler):
         return {"scale": self.cur_scale}
 
     def load_state_dict(self, state) -> None:
+        if state["scale"] <= 0:
+            raise CheckpointError("no scale is negative")
         self.cur_scale = state["scale"]
+
+
+class GivingUp(Doubling):
+    """At its minimum from the beginning."""
+
+    error: Exception = LossScaleError("it cannot fall any further")
+
+    def update(self, *, overflowed: bool) -> None:
+        if overflowed:
+            raise self.error
+        super().update(overflowed=overflowed)
 
 
 def model() -> torch.nn.Module:
@@ -169,6 +182,10 @@ def test_what_the_engine_does_not_do_is_refused():
         face.backward(loss_of(engine), create_graph=True)
     with pytest.raises(EngineError, match="made by the first step"):
         face.initialize_optimizer_states()
+    groups = len(face.param_groups)
+    with pytest.raises(NotBuiltError, match=r"(?s)adding a group.*pass the parameters of every group at initialize"):
+        face.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
+    assert len(face.param_groups) == groups
     assert same(weights(engine), before)
     assert not face.state
     assert engine.global_steps == 0
@@ -311,6 +328,28 @@ def test_only_the_scaler_of_an_overridden_scale_is_saved():
     assert (scaler.scale, over.scale) == (64.0, 3.0)
 
 
+def test_a_scaler_that_gives_up_does_not_end_training_at_another_scale():
+    engine, face = start(GivingUp(), skips=True)
+    face.override_loss_scale(8.0)
+    face.backward(loss_of(engine) * math.inf)
+    assert face.step() is True
+    assert (face.loss_scale, face.loss_scaler.scale) == (8.0, 4.0)
+    face.backward(loss_of(engine))
+    assert face.step() is False
+    assert (face.loss_scale, face.loss_scaler.scale) == (8.0, 8.0), "it goes on learning"
+    face.loss_scaler.error = EngineError("something else")
+    face.backward(loss_of(engine) * math.inf)
+    with pytest.raises(EngineError, match="something else"):
+        face.step()
+
+
+def test_a_scaler_in_force_that_gives_up_ends_training():
+    engine, face = start(GivingUp(), skips=True)
+    face.backward(loss_of(engine) * math.inf)
+    with pytest.raises(LossScaleError, match="cannot fall any further"):
+        face.step()
+
+
 def test_an_engine_of_another_is_not_overridden():
     _, face = start()
     face.override_loss_scale(2.0)
@@ -425,6 +464,34 @@ def test_state_of_other_parameters_changes_nothing():
     del state["parameters"]
     with pytest.raises(CheckpointError, match=r"no 'parameters', it has optimizer_state_dict, loss_scaler"):
         face.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("broken", "complaint"),
+    [
+        ({"loss_scaler": {"scale": -1.0}}, "no scale is negative"),
+        ({"optimizer_state_dict": {"state": {}}}, "the state has no 'param_groups'"),
+        (
+            {"optimizer_state_dict": {"state": {}, "param_groups": [{"params": [0]}]}},
+            r"groups of \[1\] parameters, the optimizer has \[4\]",
+        ),
+    ],
+)
+def test_state_with_a_bad_part_changes_nothing(broken, complaint):
+    engine, face = start(Doubling())
+    train(face, 1)
+    saved = copy.deepcopy(face.state_dict())
+    train(face, 2, seed=5)
+    before, moments = weights(engine), str(face.optimizer.state_dict())
+    with pytest.raises(CheckpointError, match=complaint):
+        face.load_state_dict({**saved, **broken})
+    assert same(weights(engine), before)
+    assert same(face._updated()[0], before)
+    assert str(face.optimizer.state_dict()) == moments
+    assert face.loss_scale == 32.0
+    face.load_state_dict(saved)
+    assert not same(weights(engine), before)
+    assert face.loss_scale == 8.0
 
 
 def test_refresh_begins_anew_from_the_model():

@@ -36,7 +36,8 @@ class LowPrecisionFace(OptimizerFace):
     @property
     def low_precision_dtype(self) -> torch.dtype:
         """What the model's parameters are stored in."""
-        dtype: torch.dtype = self._engine.parts.precision.plan.stored
+        dtype = self._engine.parts.precision.plan.stored
+        assert dtype is not None  # both precisions store in one
         return dtype
 
     @property

@@ -6,13 +6,15 @@ scripts made for DeepSpeed use (spec: ``docs/design/precision.md``).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ds_core.errors import CheckpointError, ConfigError, EngineError, NotBuiltError
+from ds_core.engine.parts import Outcome
+from ds_core.errors import CheckpointError, ConfigError, EngineError, LossScaleError, NotBuiltError
 from ds_core.interfaces.precision import LossScaler
 from ds_core.ops import best
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from typing_extensions import Self
+
+    from ds_core.engine.engine import DeepSpeedEngine
 
 __all__ = ["DeepSpeedOptimizer", "OptimizerFace", "OverriddenScale"]
 
@@ -48,7 +52,9 @@ class OverriddenScale(LossScaler):
         return self._scale
 
     def update(self, *, overflowed: bool) -> None:
-        self.inner.update(overflowed=overflowed)
+        # At its minimum the scaler gives up, for a scale that is not the one in force: that must not end training.
+        with contextlib.suppress(LossScaleError):
+            self.inner.update(overflowed=overflowed)
 
     def state_dict(self) -> dict[str, Any]:
         return self.inner.state_dict()
@@ -76,11 +82,11 @@ class OptimizerFace(DeepSpeedOptimizer):
     (0.01, 1.0, False)
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: DeepSpeedEngine) -> None:
         self._engine = engine
 
     @classmethod
-    def over(cls, engine: Any) -> Self:
+    def over(cls, engine: DeepSpeedEngine) -> Self:
         """Return the face of ``engine``, also for a subclass whose constructor takes a torch optimizer."""
         face = cls.__new__(cls)
         OptimizerFace.__init__(face, engine)
@@ -91,8 +97,9 @@ class OptimizerFace(DeepSpeedOptimizer):
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The torch optimizer. Its parameters are masters, where the precision keeps them."""
-        found: torch.optim.Optimizer = self._engine.parts.optimizer.optimizer
-        return found
+        step = self._engine.parts.optimizer
+        assert step is not None  # an engine without one has no face
+        return step.optimizer
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -109,6 +116,18 @@ class OptimizerFace(DeepSpeedOptimizer):
     @state.setter
     def state(self, state: Any) -> None:
         self.optimizer.state = state
+
+    def add_param_group(self, param_group: Mapping[str, Any]) -> None:
+        """Refused: what each parameter accumulates, reduces and keeps as master is laid out once.
+
+        Raises:
+            NotBuiltError: always.
+        """
+        raise NotBuiltError(
+            "adding a group is not built: masters and reduction are laid out once, for the parameters there are then",
+            where="optimizer.add_param_group",
+            fix="pass the parameters of every group at initialize, as groups of the optimizer",
+        )
 
     def get_lr(self) -> float:
         """Return the learning rate of the first group; ``engine.get_lr()`` has those of all."""
@@ -127,7 +146,7 @@ class OptimizerFace(DeepSpeedOptimizer):
     @property
     def loss_scaler(self) -> LossScaler:
         """The precision's own scaler, also while its scale is overridden."""
-        scaler: LossScaler = self._engine.parts.precision.scaler
+        scaler = self._engine.parts.precision.scaler
         return scaler.inner if isinstance(scaler, OverriddenScale) else scaler
 
     @property
@@ -153,8 +172,7 @@ class OptimizerFace(DeepSpeedOptimizer):
     @property
     def cur_scale(self) -> float:
         """The same as :attr:`loss_scale`."""
-        scale: float = self._engine.parts.precision.scaler.scale
-        return scale
+        return self._engine.parts.precision.scaler.scale
 
     @cur_scale.setter
     def cur_scale(self, scale: float) -> None:
@@ -201,7 +219,8 @@ class OptimizerFace(DeepSpeedOptimizer):
         self._refuse_inside_window("the loss scale cannot change")
         precision = self._engine.parts.precision
         try:
-            precision.scaler = OverriddenScale(self.loss_scaler, loss_scale)
+            # The seam lets a precision keep its scaler: whether it can be replaced shows here.
+            precision.scaler = OverriddenScale(self.loss_scaler, loss_scale)  # type: ignore[misc]
         except AttributeError as error:
             raise EngineError(
                 f"{type(precision).__name__} keeps its loss scaler",
@@ -231,19 +250,17 @@ class OptimizerFace(DeepSpeedOptimizer):
     @property
     def overflow(self) -> bool:
         """Whether the last ``step()`` was skipped because gradients were inf or NaN."""
-        return bool(self._engine.progress.outcome.value == "skipped")
+        return self._engine.progress.outcome is Outcome.SKIPPED
 
     @property
     def _global_grad_norm(self) -> float | None:
         """The L2 norm of the last step's gradients before clipping, unscaled; None before the first step."""
-        norm: float | None = self._engine.progress.norm
-        return norm
+        return self._engine.progress.norm
 
     @property
     def clip_grad(self) -> float:
         """The largest gradient norm, 0 for any; set it to clip at another one from the next step on, on every rank."""
-        clip: float = self._engine.parts.clip.max_norm
-        return clip
+        return self._engine.parts.clip.max_norm
 
     @clip_grad.setter
     def clip_grad(self, max_norm: float) -> None:
@@ -302,7 +319,7 @@ class OptimizerFace(DeepSpeedOptimizer):
         self._engine.zero_grad()
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        return bool(self._engine.is_gradient_accumulation_boundary())
+        return self._engine.is_gradient_accumulation_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Say whether the coming backward and step end a window; None: count micro-batches again."""
@@ -321,7 +338,7 @@ class OptimizerFace(DeepSpeedOptimizer):
             apply_scale: False: leave ``grads`` alone.
         """
         parts = self._engine.parts
-        factor: float = parts.clip.factor(float(total_norm), parts.precision.scaler.scale)
+        factor = parts.clip.factor(float(total_norm), parts.precision.scaler.scale)
         tensors = [grads] if isinstance(grads, torch.Tensor) else list(grads)
         if apply_scale and tensors:
             best("scale_", tensors[0].device).implementation(tensors, factor)
@@ -370,7 +387,7 @@ class OptimizerFace(DeepSpeedOptimizer):
             load_optimizer_states: False: the torch optimizer stays as it is.
 
         Raises:
-            CheckpointError: it is of other parameters; nothing has changed then.
+            CheckpointError: it is of other parameters, or holds what no loss scaler can be; nothing has changed then.
             EngineError: inside an accumulation window.
         """
         self._restore(
@@ -400,12 +417,25 @@ class OptimizerFace(DeepSpeedOptimizer):
                 fix="build the same parameter groups from the same model",
             )
         if optimizer is not None:
+            self._check_groups(optimizer)
+        # It refuses before it changes anything, so it comes before what cannot be taken back.
+        self.loss_scaler.load_state_dict(scaler)
+        if optimizer is not None:
             self.optimizer.load_state_dict(dict(optimizer))
         for own, saved in zip(here, parameters, strict=True):
             for tensor, value in zip(own, saved, strict=True):
                 tensor.copy_(value)
-        self.loss_scaler.load_state_dict(scaler)
         self._engine.parts.partition.after_load()
+
+    def _check_groups(self, state: Mapping[str, Any]) -> None:
+        given = [len(group["params"]) for group in self._required(state, "param_groups")]
+        here = [len(group["params"]) for group in self.param_groups]
+        if here != given:
+            raise CheckpointError(
+                f"the optimizer's state is of groups of {given} parameters, the optimizer has {here}",
+                where="optimizer.load_state_dict",
+                fix="build the same parameter groups from the same model",
+            )
 
     @staticmethod
     def _required(state: Mapping[str, Any], key: str) -> Any:
