@@ -151,3 +151,9 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
     assert found.item() == pytest.approx(_exact(tensor), rel=RANDOM)
     scale_([tensor], 0.5)
     assert sum_of_squares([tensor]).item() == pytest.approx(found.item() / 4, rel=1e-3)
+
+
+def test_both_parts_of_a_complex_number_count():
+    tensors = [torch.tensor([3 + 4j]), torch.full((3000,), 1j, dtype=torch.complex64), torch.ones(2)]
+    assert sum_of_squares(tensors).item() == pytest.approx(25 + 3000 + 2)
+    assert not sum_of_squares([torch.tensor([complex(0, float("inf"))])]).isfinite()

@@ -536,3 +536,15 @@ def test_without_being_asked_no_rank_is_named():
     found, ranks = gradients.non_finite()
     assert found is module.weight
     assert ranks is None
+
+
+def test_a_window_that_was_reduced_twice_names_no_rank():
+    module = nn.Linear(2, 2)
+    gradients = bucketer(module, Wire(), find_sources=True)
+    backward(gradients, module(torch.full((1, 2), float("nan"))).sum())
+    assert gradients.non_finite()[1] == (0,)
+    backward(gradients, module(torch.ones(1, 2)).sum())  # sends what the first one summed: everybody's NaN
+    assert gradients.non_finite()[1] is None
+    gradients.clear()
+    backward(gradients, module(torch.full((1, 2), float("nan"))).sum())
+    assert gradients.non_finite()[1] == (0,)

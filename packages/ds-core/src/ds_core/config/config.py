@@ -146,6 +146,10 @@ class Config(Section):
         """Top-level sections of plugins' own (seam ``config``), by key; those not given are absent."""
         return self._plugin_sections
 
+    def is_on(self, name: str) -> bool:
+        """Return whether section ``name`` is enabled; a precision also where ``precision.type`` names it."""
+        return bool(getattr(self, name).enabled) or self.precision.type == name
+
     def options(self, section: str, name: str, model: type[S] | None) -> S | None:
         """Return the options of plugin ``name``: its sub-section ``section.name``, checked.
 

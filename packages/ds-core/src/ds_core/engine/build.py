@@ -6,6 +6,7 @@ What a mistake in the configuration can break is checked by :func:`choose` befor
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +121,7 @@ def _precision_name(config: Config) -> tuple[str, str]:
     if config.precision.type is not None:
         return config.precision.type, "precision.type"
     for name in ("fp16", "bf16", "torch_autocast"):
-        if getattr(config, name).enabled:
+        if config.is_on(name):
             return name, f"{name}.enabled"
     return "fp32", "precision"
 
@@ -159,6 +160,7 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
             find_sources=choice.precision.skips_overflow,
         )
     )
+    _warn_of_dtypes(partition)
     optimizer = schedule = None
     if trains:
         optimizer = _optimizer(arguments, partition)
@@ -225,6 +227,34 @@ def _check_dtypes(config: Config, choice: Choice) -> None:
         )
 
 
+def _warn_of_dtypes(partition: Partition) -> None:
+    """Say what trains, but hardly as its owner meant it."""
+    inputs = partition.inputs
+    trained = [param for group in inputs.param_groups for param in group["params"]]
+    without = [param for param in trained if inputs.dtypes[param].updated in (torch.float16, torch.bfloat16)]
+    if without:
+        log_dist(
+            f"{len(without)} parameters, such as {inputs.names[without[0]]!r}, are trained in {without[0].dtype} "
+            "without fp32 masters, which loses small updates: enable bf16 or fp16, or give the model in fp32",
+            level=logging.WARNING,
+        )
+    mixed = [name for name, module in inputs.module.named_modules() if _has_mixed_statistics(module)]
+    if mixed:
+        log_dist(
+            f"the batch statistics of {len(mixed)} modules, such as {mixed[0]!r}, have another dtype than their "
+            'weights, which torch refuses on a CPU: set "buffer_dtype" in "data_types" to the dtype of the weights, '
+            'or train under "torch_autocast"',
+            level=logging.WARNING,
+        )
+
+
+def _has_mixed_statistics(module: nn.Module) -> bool:
+    if not isinstance(module, torch.nn.modules.batchnorm._NormBase):
+        return False
+    weight, mean = module.weight, module.running_mean
+    return weight is not None and mean is not None and weight.dtype != mean.dtype
+
+
 def _param_groups(arguments: Arguments) -> list[dict[str, Any]]:
     """Return the groups to train, each with at least one parameter that requires grad, none twice."""
     if isinstance(arguments.optimizer, torch.optim.Optimizer):
@@ -245,6 +275,12 @@ def _param_groups(arguments: Arguments) -> list[dict[str, Any]]:
         params = group.get("params", [])
         params = [params] if isinstance(params, torch.Tensor) else list(params)
         wrong = [type(param).__name__ for param in params if not isinstance(param, nn.Parameter)]
+        if wrong and given is getattr(arguments.optimizer, "param_groups", None):
+            raise ConfigError(
+                f"the optimizer updates a {wrong[0]}, expected parameters of the model",
+                where="initialize(optimizer)",
+                fix="build a new one from model.parameters(); one that an engine has used updates its masters",
+            )
         if wrong:
             raise ConfigError(
                 f"model_parameters holds a {wrong[0]}, expected parameters of the model",
@@ -304,17 +340,10 @@ def _optimizer(arguments: Arguments, partition: Partition) -> torch.optim.Optimi
     groups = partition.optimizer_groups()
     given, section = arguments.optimizer, arguments.config.optimizer
     if isinstance(given, torch.optim.Optimizer):
-        kept = [g for g in given.param_groups if any(param.requires_grad for param in g["params"])]
-        given.param_groups = kept
-        for own, group in zip(kept, groups, strict=True):
-            trained = [param for param in own["params"] if param.requires_grad]
-            for param, updated in zip(trained, group["params"], strict=True):
-                if param in given.state and updated is not param:
-                    given.state[updated] = _state_for(updated, given.state.pop(param))
-            own["params"] = group["params"]
+        _take_over(given, groups)
         return given
     if given is not None:
-        built = given(groups)
+        built = given([dict(group) for group in groups])
         if not isinstance(built, torch.optim.Optimizer):
             raise ConfigError(
                 f"the optimizer callable returned a {type(built).__name__}",
@@ -322,9 +351,41 @@ def _optimizer(arguments: Arguments, partition: Partition) -> torch.optim.Optimi
                 fix="return a torch.optim.Optimizer",
             )
         check_steps_without_closure(built)
+        _check_updates(built, groups)
         return built
     assert section is not None
     return build_optimizer(section.type, section.params, groups)
+
+
+def _take_over(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Let the client's ``optimizer`` update the tensors of ``groups``; of frozen parameters it keeps nothing."""
+    kept = [group for group in optimizer.param_groups if any(param.requires_grad for param in group["params"])]
+    updated: dict[torch.Tensor, torch.Tensor] = {}
+    for own, group in zip(kept, groups, strict=True):
+        trains = [param.requires_grad for param in own["params"]]
+        trained = [param for param, does in zip(own["params"], trains, strict=True) if does]
+        updated.update(zip(trained, group["params"], strict=True))
+        if "param_names" in own:  # torch's, where it was built from named_parameters()
+            own["param_names"] = [name for name, does in zip(own["param_names"], trains, strict=True) if does]
+        own["params"] = group["params"]
+    optimizer.param_groups = kept
+    state = list(optimizer.state.items())
+    optimizer.state.clear()
+    for param, of_param in state:
+        if param in updated:
+            optimizer.state[updated[param]] = _state_for(updated[param], of_param)
+
+
+def _check_updates(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    given = {id(tensor) for group in groups for tensor in group["params"]}
+    updates = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+    if given != updates:
+        raise ConfigError(
+            f"the optimizer callable was given {len(given)} tensors to update, its optimizer has "
+            f"{len(updates & given)} of them and {len(updates - given)} others",
+            where="initialize(optimizer)",
+            fix="build the optimizer from the groups it is called with; freeze parameters before initialize",
+        )
 
 
 def _state_for(updated: torch.Tensor, state: Mapping[str, Any]) -> dict[str, Any]:

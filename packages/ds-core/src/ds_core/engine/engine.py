@@ -64,8 +64,7 @@ class DeepSpeedEngine(EngineFace):
         self.training_dataloader = training_dataloader
         self._config = config
         self.progress = Progress()
-        self.overflow_history = OverflowHistory(is_dynamic=parts.precision.scaler.dynamic)
-        self._optimizer_face = None if parts.optimizer is None else parts.precision.optimizer_face(self)
+        self.overflow_history = OverflowHistory()
         self._seeds: dict[tuple[Any, ...], Tensor] = {}
         self.is_destroyed = False
         comm.destroy_at_exit(self)
@@ -151,6 +150,7 @@ class DeepSpeedEngine(EngineFace):
         if overflow is None:
             self.overflow_history.good_step()
         else:
+            self.overflow_history.is_dynamic = self.parts.precision.scaler.dynamic
             self.overflow_history.note(overflow)
         progress = self.progress
         progress.norm = norm
@@ -196,7 +196,8 @@ class DeepSpeedEngine(EngineFace):
     def destroy(self) -> None:
         """Take the hooks off the model, and let buffers and the process group go. Safe to repeat.
 
-        The model stays usable, as ``engine.module``; every other use of the engine raises.
+        The model stays usable, as ``engine.module``, in the dtype it was stored in; every other use of the engine
+        raises. Masters are let go: save a checkpoint before, where their digits are needed.
         """
         if self.is_destroyed:
             return
@@ -208,7 +209,6 @@ class DeepSpeedEngine(EngineFace):
                 close()
         self.training_dataloader = None
         self._seeds.clear()
-        self._optimizer_face = None
         self.parts = cast("Parts", _Destroyed())
 
 

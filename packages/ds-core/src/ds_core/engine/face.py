@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -41,7 +42,7 @@ class EngineFace(nn.Module):
     training_dataloader: DeepSpeedDataLoader | None
     overflow_history: OverflowHistory
     _config: Config
-    _optimizer_face: Any
+    _face: Callable[[], Any] = staticmethod(lambda: None)
 
     _LATER: ClassVar[dict[str, str]] = {
         "no_sync": "gradients are reduced only at the end of a window already; leave no_sync() out",
@@ -60,7 +61,16 @@ class EngineFace(nn.Module):
 
         None for an engine that only runs forward.
         """
-        return self.basic_optimizer if self._optimizer_face is None else self._optimizer_face
+        if self.parts.optimizer is None:
+            return None
+        face = self._face()
+        if face is None:
+            face = self.parts.precision.optimizer_face(self)
+            if face is None:
+                return self.basic_optimizer
+            # Weakly: a face holds its engine, and a cycle would keep a dropped engine's memory for a while.
+            self._face = weakref.ref(face)
+        return face
 
     @property
     def basic_optimizer(self) -> Optimizer | None:
@@ -214,10 +224,10 @@ class EngineFace(nn.Module):
         return self._config.steps_per_print
 
     def fp16_enabled(self) -> bool:
-        return self._config.fp16.enabled
+        return self._config.is_on("fp16")
 
     def bfloat16_enabled(self) -> bool:
-        return self._config.bf16.enabled
+        return self._config.is_on("bf16")
 
     def amp_enabled(self) -> bool:
         """Return False: NVIDIA's Apex is not supported."""
@@ -227,7 +237,7 @@ class EngineFace(nn.Module):
         return self._config.fp16.auto_cast
 
     def torch_autocast_enabled(self) -> bool:
-        return self._config.torch_autocast.enabled
+        return self._config.is_on("torch_autocast")
 
     def torch_autocast_dtype(self) -> torch.dtype | None:
         """Return the dtype that forward runs under autocast with; None: it does not."""
@@ -308,7 +318,7 @@ class EngineFace(nn.Module):
             found.update({f"zero_optimization.{key}": "no effect at stage 0" for key in zero if key != "stage"})
         for section in ("fp16", "bf16", "bfloat16", "torch_autocast", "csv_monitor"):
             given = self.config.get(section)
-            if isinstance(given, dict) and not getattr(self._config, section.replace("bfloat16", "bf16")).enabled:
+            if isinstance(given, dict) and not self._config.is_on(section.replace("bfloat16", "bf16")):
                 found.update({f"{section}.{key}": "no effect: not enabled" for key in given if key != "enabled"})
         found.update(self._without_effect_in_precision())
         if "zero_allow_untested_optimizer" in self.config:
@@ -320,17 +330,20 @@ class EngineFace(nn.Module):
         return found
 
     def _without_effect_in_precision(self) -> dict[str, str]:
-        fp16, found = self._config.fp16, {}
-        if fp16.enabled and fp16.loss_scale > 0:
+        config, found = self._config, {}
+        if config.is_on("fp16") and config.fp16.loss_scale > 0:
             of_dynamic = ("initial_scale_power", "loss_scale_window", "min_loss_scale", "hysteresis")
             for key in (*of_dynamic, "consecutive_hysteresis"):
-                if key in self.config["fp16"]:
+                if key in self.config.get("fp16", {}):
                     found[f"fp16.{key}"] = "no effect: loss_scale is constant"
-        if self._config.bf16.enabled and self._config.bf16.immediate_grad_update:
+        if config.is_on("bf16") and config.bf16.immediate_grad_update:
             found["bf16.immediate_grad_update"] = "no effect: every gradient is added as soon as autograd made it"
-        autocast = self.config.get("torch_autocast", {})
-        if "lower_precision_safe_modules" in autocast and self._config.communication_data_type is not None:
-            found["torch_autocast.lower_precision_safe_modules"] = "no effect: communication_data_type holds for all"
+        if config.is_on("torch_autocast") and "lower_precision_safe_modules" in self.config.get("torch_autocast", {}):
+            key = "torch_autocast.lower_precision_safe_modules"
+            if config.communication_data_type is not None:
+                found[key] = "no effect: communication_data_type holds for all"
+            elif config.is_on("fp16") or config.is_on("bf16"):
+                found[key] = "no effect: every gradient is reduced in the dtype of the weights"
         return found
 
     # -- the module -------------------------------------------------------------------------------------------------

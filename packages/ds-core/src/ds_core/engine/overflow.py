@@ -131,7 +131,7 @@ class OverflowHistory:
 
     Args:
         capacity: how many records are kept.
-        is_dynamic: the loss scale moves, so an overflow is how it learns.
+        is_dynamic: the loss scale moves, so an overflow is how it learns. May be set later, too.
 
     >>> history = OverflowHistory(is_dynamic=True)
     >>> history.note(OverflowRecord(12, 65536.0, "up.weight", "up", "Linear", (1,), float("inf"), skipped=True))
@@ -141,7 +141,7 @@ class OverflowHistory:
 
     def __init__(self, capacity: int = CAPACITY, *, is_dynamic: bool = False) -> None:
         self._records: deque[OverflowRecord] = deque(maxlen=capacity)
-        self._is_dynamic = is_dynamic
+        self.is_dynamic = is_dynamic
         self._of_module: Counter[str] = Counter()
         self._types: dict[str, str | None] = {}
         self._in_a_row = 0
@@ -196,7 +196,7 @@ class OverflowHistory:
     def _log(self, record: OverflowRecord) -> None:
         streak = self._in_a_row
         in_a_row = f" ({streak} in a row)" if streak > 1 else ""
-        has_scale = self._is_dynamic or record.scale != 1.0
+        has_scale = self.is_dynamic or record.scale != 1.0
         level = logging.INFO if has_scale else logging.WARNING
         if streak & (streak - 1):  # not a power of two
             level = logging.DEBUG
@@ -207,9 +207,9 @@ class OverflowHistory:
         cure = f"lower the learning rate or clip (gradient_clipping){place}"
         if not record.skipped and record.parameter is not None:
             return f"The weights are now not finite: load the last checkpoint, {cure}"
-        if self._is_dynamic and self._in_a_row < _LONG_STREAK:
+        if self.is_dynamic and self._in_a_row < _LONG_STREAK:
             return "Expected now and then: the loss scale adapts"
-        if self._is_dynamic:
+        if self.is_dynamic:
             return f"Lowering the loss scale does not help: {cure}"
         if record.scale != 1.0:
             return "If it goes on, lower fp16.loss_scale, or set it to 0 to have it found"

@@ -15,6 +15,8 @@ from ds_core import comm
 from ds_core.checkpoint.folder import check_tag, read_latest
 from ds_core.checkpoint.jsonable import decode, encode
 from ds_core.comm import raise_together, same_on_all_ranks
+from ds_core.engine.overflow import OverflowHistory
+from ds_core.engine.parts import Outcome
 from ds_core.engine.rng import capture_rng, restore_rng
 from ds_core.errors import CheckpointError, DsError
 from ds_core.interfaces.logical import BUFFER, GRADIENT, MASTER, WEIGHT, Chunk, Piece, Snapshot, logical_name
@@ -242,6 +244,8 @@ def _restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions)
         engine.training_dataloader.load_state_dict(decode(state["data"]))
     _restore_scaler(parts.precision.scaler, type(parts.precision).__name__, state)
     progress = engine.progress
+    progress.norm, progress.outcome = None, Outcome.ACCUMULATED  # there is no last step yet
+    engine.overflow_history = OverflowHistory()
     progress.global_steps = state["global_steps"]
     progress.global_samples = state["global_samples"]
     progress.skipped_steps = state["skipped_steps"]

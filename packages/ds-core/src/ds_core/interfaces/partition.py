@@ -126,6 +126,7 @@ class Partition(ABC):
     def reduce(self) -> SquaredNorm:
         """Wait for what is under way; afterwards the optimizer's tensors have their reduced gradient in ``.grad``.
 
+        A parameter that somebody wrote to in place since :meth:`publish` is where its master goes on from.
         A parameter that no rank used has ``.grad`` None.
         """
 

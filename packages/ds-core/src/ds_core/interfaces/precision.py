@@ -71,6 +71,7 @@ class PrecisionPlan:
     def dtypes_of(self, module: nn.Module) -> dict[nn.Parameter, ParameterDtypes]:
         """Return what the plan means for each parameter of ``module``, before or after it was cast.
 
+        Only floating-point parameters follow it; one of complex or whole numbers keeps its dtype in every role.
         A master of the dtype a parameter is stored in would be a second copy of the same bits: there is none then.
         A parameter that several modules share has the reduce dtype of the first of them.
 
@@ -87,8 +88,8 @@ class PrecisionPlan:
                 stored = (self.stored if floats else None) or param.dtype
                 found[param] = dtypes = ParameterDtypes(
                     stored=stored,
-                    accumulate=self.accumulate or stored,
-                    reduce=(self.reduce if reduced else None) or stored,
+                    accumulate=(self.accumulate if floats else None) or stored,
+                    reduce=(self.reduce if reduced and floats else None) or stored,
                     master=self.master if floats and self.master != stored else None,
                 )
                 if dtypes.master is None and dtypes.accumulate != stored and param.requires_grad:

@@ -59,7 +59,7 @@ def _flats(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     small: list[Tensor] = []
     numel = 0
     for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
+        flat = (torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()).reshape(-1)
         if flat.numel() >= SMALL_NUMEL:
             yield flat
             continue

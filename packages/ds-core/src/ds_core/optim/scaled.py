@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ds_core.errors import EngineError
 from ds_core.interfaces.optimizer import ScaledStep
 from ds_core.ops import best
 
@@ -24,7 +25,11 @@ class OptimizerStep:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
+        self._count = self._count_tensors()
         self._step_scaled = optimizer.step_scaled if isinstance(optimizer, ScaledStep) else None
+
+    def _count_tensors(self) -> int:
+        return sum(len(group["params"]) for group in self.optimizer.param_groups)
 
     @property
     def way(self) -> str:
@@ -44,7 +49,17 @@ class OptimizerStep:
 
         Args:
             factor: 1 / loss scale times the clipping coefficient. Gradients may be left multiplied by it, or not.
+
+        Raises:
+            EngineError: the optimizer was given more parameters, or fewer, since the engine was built.
         """
+        if self._count_tensors() != self._count:
+            raise EngineError(
+                f"the optimizer has {self._count_tensors()} parameters, the engine was built with {self._count}: "
+                "gradients of others are neither reduced nor counted in the norm",
+                where="optimizer.param_groups",
+                fix="give all parameters to initialize, instead of add_param_group afterwards",
+            )
         if self._step_scaled is not None:
             self._step_scaled(factor)
             # torch's schedules look for this mark of step(), and warn when they are stepped without it.

@@ -145,6 +145,8 @@ class Bucketer(GradientWindow):
                         param, None
                     )  # fresh ones come in the parameter's, the slot has the bucket's
         self._rank, self._world_size = rank, world_size
+        self._sources_mixed = False
+        """A window that was reduced twice: the second time every rank sends what the first one summed."""
         self._start = start
         self._reducing = False
         self._out_of_step = False
@@ -209,6 +211,7 @@ class Bucketer(GradientWindow):
         for bucket in self.buckets:
             bucket.gradients.mul_(1.0 / self._world_size)
         self._started = 0
+        self._sources_mixed = True
 
     def end(self) -> None:
         super().end()
@@ -275,7 +278,8 @@ class Bucketer(GradientWindow):
             for param, slot in zip(bucket.params, bucket.slots, strict=True):
                 if param.grad is not None and not is_finite(slot):
                     marked = [rank for rank, mark in enumerate(bucket.sources.tolist()) if mark]
-                    return param, tuple(marked) if len(bucket.sources) else None
+                    is_known = len(bucket.sources) > 0 and not self._sources_mixed
+                    return param, tuple(marked) if is_known else None
         return None
 
     def _lost(self, bucket: Bucket, error: RuntimeError) -> CommError:
@@ -296,7 +300,7 @@ class Bucketer(GradientWindow):
             )
         if self._started and not self._aborted:
             self.wait()
-        self._aborted = False
+        self._aborted = self._sources_mixed = False
         self._started = 0
         for bucket in self.buckets:
             for param in bucket.params:

@@ -51,6 +51,7 @@ class ReplicatedPartition(Partition):
         self._outside = _trainable_but_not_optimized(inputs.module, self._params)
         self._masters = Masters(self._params, inputs.dtypes)
         cast_stored(inputs.module, inputs.dtypes, inputs.plan)
+        self._masters.note_versions()
         of_params = [inputs.dtypes[param] for param in self._params]
         self._copies = any(dtypes.accumulate != dtypes.updated for dtypes in of_params)
         """Whether the optimizer reads copies of gradients, in another dtype than they accumulate in."""
@@ -72,6 +73,8 @@ class ReplicatedPartition(Partition):
         else:
             self._gradients = LocalGradients(ordered, inputs.names, inputs.dtypes)
         self._of = {piece.data: piece for piece in _stored_tensors(inputs.module, self._masters, self._world_size)}
+        # What a backward before this has left was neither scaled nor divided as ours are.
+        self.clear_gradients()
 
     def _all_reduce(self, bucket: Bucket) -> Work:
         import torch.distributed as dist
@@ -105,6 +108,7 @@ class ReplicatedPartition(Partition):
     def reduce(self) -> SquaredNorm:
         self._gradients.check_whole()
         self._gradients.wait()
+        self._masters.follow_writes()
         flats = self._gradients.flats()
         self._masters.take_gradients()
         # One read for norm and overflow: of what the optimizer will read, which on a CPU is faster than 16 bits.

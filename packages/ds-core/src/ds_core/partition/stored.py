@@ -32,7 +32,13 @@ class Masters:
         for param in params:
             dtype = dtypes[param].master
             if dtype is not None:
-                self._of[param] = param.data if param.dtype == dtype else param.data.to(dtype)
+                # Optimizers look at requires_grad, and at marks that their users put on parameters.
+                self._of[param] = master = (
+                    param.data if param.dtype == dtype else param.data.to(dtype)
+                ).requires_grad_()
+                vars(master).update(vars(param))
+        self._versions: list[int] = []
+        """torch's count of writes to each parameter, as of our own last one."""
 
     def __len__(self) -> int:
         return len(self._of)
@@ -64,19 +70,40 @@ class Masters:
         for master in self._of.values():
             master.grad = None
 
+    def note_versions(self) -> None:
+        """Take the parameters as they are now for their masters, cast: later writes to them are somebody else's."""
+        self._versions = [param._version for param in self._of]
+
+    def follow_writes(self) -> None:
+        """Begin anew from parameters that somebody else wrote to in place since the last :meth:`publish`.
+
+        As in plain PyTorch: weights that are clamped, loaded or averaged stay so. A write through ``param.data`` does
+        not count in torch's versions; :meth:`refresh` is for that.
+        """
+        if [param._version for param in self._of] == self._versions:
+            return
+        pairs = zip(self._of.items(), self._versions, strict=True)
+        self._refresh([(param, master) for (param, master), version in pairs if param._version != version])
+        self.note_versions()
+
     @torch.no_grad()
     def publish(self) -> None:
         """Cast every master into its parameter."""
         if self._of:
             torch._foreach_copy_(list(self._of), list(self._of.values()))
+            self.note_versions()
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Copy every parameter that is not its master, cast, into its master.
 
         One that is was not written to, and the master keeps the digits that the parameter does not have.
         """
-        for param, master in self._of.items():
+        self._refresh(self.items())
+        self.note_versions()
+
+    @torch.no_grad()
+    def _refresh(self, pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        for param, master in pairs:
             if not torch.equal(param, master.to(param.dtype)):
                 master.copy_(param)
 

@@ -31,7 +31,8 @@ def extremes(tensor: Tensor) -> tuple[Tensor, ...]:
 
     They are finite if and only if every element is, and one read finds them. Unlike a sum they cannot overflow.
     """
-    return tuple(torch.aminmax(tensor)) if tensor.numel() else ()
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return tuple(torch.aminmax(real)) if real.numel() else ()
 
 
 def sparse_gradient(name: str) -> NotBuiltError:
@@ -56,6 +57,8 @@ class GradientWindow(ABC):
         self._names = names
         self._own_dtype: list[nn.Parameter] = []
         """Parameters whose gradient has another dtype than they have."""
+        # Also where the window is dropped without detach(): the model's next optimizer expects gradients as they were.
+        weakref.finalize(self, _give_back_dtypes, self._own_dtype).atexit = False
         self._in_backward = False
         self._aborted = False
         self._handles: list[RemovableHandle] = []
@@ -72,7 +75,8 @@ class GradientWindow(ABC):
                 "a gradient arrived outside this engine's backward(loss): loss.backward() called directly is not built "
                 "yet, nor is a loss of one engine that reaches the parameters of another",
                 where=f"parameter {name!r}",
-                fix="call engine.backward(loss); for a model that only passes gradients on: requires_grad_(False)",
+                fix="call engine.backward(loss), or backward(loss) of an optimizer made by hand; for a model that only "
+                "passes gradients on: requires_grad_(False)",
             )
 
     def check_whole(self) -> None:
@@ -139,10 +143,14 @@ class GradientWindow(ABC):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for param in self._own_dtype:
-            param.grad = None
-            param.grad_dtype = param.dtype
-        self._own_dtype.clear()
+        _give_back_dtypes(self._own_dtype)
+
+
+def _give_back_dtypes(params: list[nn.Parameter]) -> None:
+    for param in params:
+        param.grad = None
+        param.grad_dtype = param.dtype
+    params.clear()
 
 
 class LocalGradients(GradientWindow):
