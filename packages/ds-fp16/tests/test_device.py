@@ -53,7 +53,8 @@ def test_what_a_device_cannot_is_refused_at_once(section, monkeypatch):
 @pytest.mark.parametrize("section", CASES)
 def test_a_cpu_can(section):
     engine = start(section, **CASES[section][0])
-    loss = engine(torch.ones(1, 2, dtype=next(engine.module.parameters()).dtype)).float().sum() / 4  # its gradient, 2**16 / 4, fits fp16
+    x = torch.ones(1, 2, dtype=engine.module.weight.dtype)
+    loss = engine(x).float().sum() / 4  # the gradient of the output, 2**16 / 4, fits fp16
     engine.backward(loss)
     engine.step()
     assert engine.was_step_applied()
