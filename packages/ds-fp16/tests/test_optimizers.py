@@ -676,6 +676,59 @@ def test_in_bf16_the_fused_class_has_no_scale():
     assert other.loss_scale == 1.0
 
 
+@pytest.mark.parametrize("cls", [FP16_Optimizer, FP16_UnfusedOptimizer])
+def test_in_bf16_the_scale_is_1_and_cannot_be_set(cls):
+    face = cls(torch.optim.AdamW(model().parameters()), low_precision_dtype=torch.bfloat16)
+    config = face.loss_scale_config
+    assert (config.cur_scale, config.cur_iter, config.dynamic_loss_scale, config.use_grad_scaling) == (
+        1.0,
+        None,
+        False,
+        False,
+    )
+    for name in ("loss_scale", "cur_scale"):
+        with pytest.raises(EngineError, match=rf"(?s)not scaled in bf16.*{cls.__name__}\.loss_scale"):
+            setattr(face, name, 2.0)
+    assert (face.cur_scale, face.needs_scaler()) == (1.0, False)
+
+
+@pytest.mark.parametrize("cls", [FP16_Optimizer, FP16_UnfusedOptimizer])
+def test_state_in_bf16_goes_on_bit_for_bit(cls):
+    module, another = model(), model()
+    face, resumed = (
+        cls(torch.optim.AdamW(each.parameters(), lr=0.0625), low_precision_dtype=torch.bfloat16)
+        for each in (module, another)
+    )
+    train(face, module, [1, -2, 3])
+    resumed.load_state_dict(through_a_file(face.state_dict()))
+    assert torch.equal(flat(another.parameters()), flat(module.parameters()))
+    assert train(resumed, another, [4, -5]) == train(face, module, [4, -5]) == [False, True]
+    assert torch.equal(masters(resumed), masters(face))
+
+
+def test_unfused_state_in_bf16_has_the_keys_of_a_static_scale():
+    face = FP16_UnfusedOptimizer(torch.optim.AdamW(model().parameters()), low_precision_dtype=torch.bfloat16)
+    state = face.state_dict()
+    assert set(state) == {
+        *("dynamic_loss_scale", "cur_scale", "cur_iter", "loss_scaler", "optimizer_state_dict", "fp32_groups")
+    }
+    assert (state["dynamic_loss_scale"], state["cur_scale"], state["loss_scaler"]) == (False, 1.0, {})
+
+
+@pytest.mark.parametrize("kind", ["fp16 Adam", "fp16 SGD"])
+def test_a_scaler_state_that_cannot_be_changes_nothing(kind):
+    engine, face = start(kind)
+    train(face, engine.module, [1, 2])
+    wrong = copy.deepcopy(face.state_dict())
+    wrong["loss_scaler"]["hysteresis"] = 0
+    train(face, engine.module, [3])
+    before, state = masters(face), str(face.optimizer.state_dict())
+    with pytest.raises(CheckpointError, match="no loss scaler can be in this state"):
+        face.load_state_dict(wrong)
+    assert torch.equal(masters(face), before)
+    assert str(face.optimizer.state_dict()) == state
+
+
 # -- two ranks --------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,6 @@ from ds_core import registry
 from ds_core.config import load_config
 from ds_core.errors import ConfigError, LossScaleError
 from ds_core.interfaces.precision import PrecisionPlan
-from ds_core.precision.fp32 import NoScaling
 from ds_fp16.loss_scaler import DynamicLossScaler, LossScaler
 from ds_fp16.precision import Bf16, Fp16, TorchAutocast
 
@@ -143,7 +142,11 @@ class TestScalers:
 
     @pytest.mark.parametrize("sections", [{"bf16": ON}, {"torch_autocast": ON}, {"bf16": ON, "torch_autocast": ON}])
     def test_bf16_is_not_scaled(self, sections: dict) -> None:
-        assert isinstance(build(**sections).scaler, NoScaling)
+        precision = build(**sections)
+        assert isinstance(precision.scaler, LossScaler)
+        for skipped in (True, False):
+            precision.after_step(skipped=skipped)
+            assert (precision.scaler.scale, precision.scaler.cur_scale, precision.scaler.dynamic) == (1.0, 1.0, False)
 
     def test_autocast_to_fp16_has_the_numbers_of_torchs_scaler(self) -> None:
         scaler = build(torch_autocast={"enabled": True, "dtype": "fp16"}).scaler

@@ -9,7 +9,7 @@ writing to one changes nothing; the tensors themselves are in ``fp16_groups`` an
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from ds_core.engine.engine import DeepSpeedEngine
     from ds_core.engine.optimizer_face import OptimizerFace
     from ds_fp16.norms import CheckOverflow
 
@@ -31,7 +32,7 @@ __all__ = ["BF16_Optimizer", "FP16_Optimizer", "FP16_UnfusedOptimizer", "bf16_fa
 _FUSED_BY_NAME = frozenset({"FusedAdam", "OnebitAdam", "ZeroOneAdam"})
 
 
-def fp16_face(engine: Any) -> OptimizerFace | None:
+def fp16_face(engine: DeepSpeedEngine) -> OptimizerFace | None:
     """Return what ``engine.optimizer`` is in fp16: the fused class for an Adam, the unfused one for any other."""
     if engine.parts.optimizer is None:
         return None
@@ -41,7 +42,7 @@ def fp16_face(engine: Any) -> OptimizerFace | None:
     return (FP16_Optimizer if fused else FP16_UnfusedOptimizer).over(engine)
 
 
-def bf16_face(engine: Any) -> OptimizerFace | None:
+def bf16_face(engine: DeepSpeedEngine) -> OptimizerFace | None:
     """Return what ``engine.optimizer`` is in bf16."""
     return None if engine.parts.optimizer is None else BF16_Optimizer.over(engine)
 
@@ -51,6 +52,65 @@ class _Fp16Face(LowPrecisionFace):
 
     verbose: bool = True
     """As given. Nothing here prints; overflows are logged by the engine."""
+    _profile: ClassVar[LossScaleProfile]
+    """Whose defaults a dynamic scale has."""
+
+    def _take_over(
+        self,
+        init_optimizer: torch.optim.Optimizer,
+        deepspeed: Any,
+        loss_scale_config: LossScaleConfig | None,
+        dtype: torch.dtype,
+        static_loss_scale: float,
+        dynamic_loss_scale: bool,
+        dynamic_loss_args: Mapping[str, Any] | None,
+        verbose: bool,
+        mpu: Any,
+        clip_grad: float,
+        *,
+        initial_dynamic_scale: float | None = None,
+        **refused: tuple[Any, str],
+    ) -> None:
+        """Become the face of a private engine over ``init_optimizer``: what the constructors have in common.
+
+        Args:
+            initial_dynamic_scale: None: not given.
+            refused: more arguments that are not built, name -> (value, what to do instead).
+
+        The others are those of the constructors.
+        """
+        where = type(self).__name__
+        refuse(
+            where,
+            deepspeed=(deepspeed, "use engine.optimizer, which is this class over the engine's parts"),
+            mpu=(mpu, "leave it out: all ranks are data-parallel"),
+            **refused,
+        )
+        if loss_scale_config is None:
+            loss_scale_config = scaling_of(
+                where,
+                dtype,
+                static_loss_scale,
+                dynamic_loss_scale,
+                dynamic_loss_args,
+                self._profile,
+                initial_dynamic_scale,
+            )
+        else:
+            only_the_config(
+                where,
+                static_loss_scale=static_loss_scale != 1.0,
+                dynamic_loss_scale=dynamic_loss_scale,
+                initial_dynamic_scale=initial_dynamic_scale is not None,
+                dynamic_loss_args=dynamic_loss_args is not None,
+            )
+        section = precision_section(dtype, where)
+        engine = build(init_optimizer, {section: {"enabled": True}, "gradient_clipping": clip_grad}, where=where)
+        if section == "fp16":
+            # JSON knows only powers of two as first scales, and whole numbers as smallest ones.
+            engine.parts.precision.scaler = loss_scale_config.scaler
+        super().__init__(engine)
+        self.verbose = verbose
 
     @property
     def fp16_groups(self) -> list[list[nn.Parameter]]:
@@ -73,6 +133,11 @@ class _Fp16Face(LowPrecisionFace):
         from ds_fp16.norms import CheckOverflow
 
         return CheckOverflow(self.fp16_groups)
+
+    def _set_loss_scale(self, scale: float) -> None:
+        if not self.loss_scale_config.use_grad_scaling:
+            raise not_scaled(f"{type(self).__name__}.loss_scale")
+        super()._set_loss_scale(scale)
 
     def _scaler_state(self) -> dict[str, Any]:
         """Return DeepSpeed's keys, and under ``loss_scaler`` what they have no place for: the hysteresis."""
@@ -125,6 +190,8 @@ class FP16_Optimizer(_Fp16Face):  # noqa: N801, DeepSpeed's name
         ConfigError: arguments that contradict each other, or that this optimizer cannot be trained with.
     """
 
+    _profile = LossScaleProfile.FUSED
+
     def __init__(
         self,
         init_optimizer: torch.optim.Optimizer,
@@ -142,36 +209,22 @@ class FP16_Optimizer(_Fp16Face):  # noqa: N801, DeepSpeed's name
         has_moe_layers: bool = False,
         timers: Any = None,
     ) -> None:
-        where = "FP16_Optimizer"
-        refuse(
-            where,
-            deepspeed=(deepspeed, "use engine.optimizer, which is this class over the engine's parts"),
-            mpu=(mpu, "leave it out: all ranks are data-parallel"),
+        self._take_over(
+            init_optimizer,
+            deepspeed,
+            loss_scale_config,
+            low_precision_dtype,
+            static_loss_scale,
+            dynamic_loss_scale,
+            dynamic_loss_args,
+            verbose,
+            mpu,
+            clip_grad,
+            initial_dynamic_scale=None if initial_dynamic_scale == 2**32 else initial_dynamic_scale,
             fused_adam_legacy=(fused_adam_legacy, "leave it out: there is one step for every optimizer"),
             has_moe_layers=(has_moe_layers, "leave it out"),
             timers=(timers, "leave it out, and time the calls"),
         )
-        first = None if initial_dynamic_scale == 2**32 else initial_dynamic_scale
-        if loss_scale_config is None:
-            loss_scale_config = scaling_of(
-                where,
-                low_precision_dtype,
-                static_loss_scale,
-                dynamic_loss_scale,
-                dynamic_loss_args,
-                LossScaleProfile.FUSED,
-                first,
-            )
-        else:
-            only_the_config(
-                where,
-                static_loss_scale=static_loss_scale != 1.0,
-                dynamic_loss_scale=dynamic_loss_scale,
-                initial_dynamic_scale=first is not None,
-                dynamic_loss_args=dynamic_loss_args is not None,
-            )
-        super().__init__(_engine(init_optimizer, low_precision_dtype, clip_grad, loss_scale_config, where))
-        self.verbose = verbose
 
     @property
     def loss_scale(self) -> float | None:
@@ -234,6 +287,8 @@ class FP16_UnfusedOptimizer(_Fp16Face):  # noqa: N801, DeepSpeed's name
         ConfigError: arguments that contradict each other, or that this optimizer cannot be trained with.
     """
 
+    _profile = LossScaleProfile.UNFUSED
+
     def __init__(
         self,
         init_optimizer: torch.optim.Optimizer,
@@ -248,31 +303,19 @@ class FP16_UnfusedOptimizer(_Fp16Face):  # noqa: N801, DeepSpeed's name
         clip_grad: float = 0.0,
         fused_lamb_legacy: bool = False,
     ) -> None:
-        where = "FP16_UnfusedOptimizer"
-        refuse(
-            where,
-            deepspeed=(deepspeed, "use engine.optimizer, which is this class over the engine's parts"),
-            mpu=(mpu, "leave it out: all ranks are data-parallel"),
+        self._take_over(
+            init_optimizer,
+            deepspeed,
+            loss_scale_config,
+            low_precision_dtype,
+            static_loss_scale,
+            dynamic_loss_scale,
+            dynamic_loss_args,
+            verbose,
+            mpu,
+            clip_grad,
             fused_lamb_legacy=(fused_lamb_legacy, "leave it out: there is one step for every optimizer"),
         )
-        if loss_scale_config is None:
-            loss_scale_config = scaling_of(
-                where,
-                low_precision_dtype,
-                static_loss_scale,
-                dynamic_loss_scale,
-                dynamic_loss_args,
-                LossScaleProfile.UNFUSED,
-            )
-        else:
-            only_the_config(
-                where,
-                static_loss_scale=static_loss_scale != 1.0,
-                dynamic_loss_scale=dynamic_loss_scale,
-                dynamic_loss_args=dynamic_loss_args is not None,
-            )
-        super().__init__(_engine(init_optimizer, low_precision_dtype, clip_grad, loss_scale_config, where))
-        self.verbose = verbose
 
     def state_dict(self) -> dict[str, Any]:
         """Return optimizer state, masters (``fp32_groups``) and scaler, under DeepSpeed's keys.
@@ -290,17 +333,6 @@ class FP16_UnfusedOptimizer(_Fp16Face):  # noqa: N801, DeepSpeed's name
         masters = self._required(state_dict, "fp32_groups")
         optimizer = self._required(state_dict, "optimizer_state_dict") if load_optimizer_states else None
         self._restore(masters, optimizer, _scaler_state_in(state_dict))
-
-
-def _engine(
-    optimizer: torch.optim.Optimizer, dtype: torch.dtype, clip_grad: float, scaling: LossScaleConfig, where: str
-) -> Any:
-    section = precision_section(dtype, where)
-    engine = build(optimizer, {section: {"enabled": True}, "gradient_clipping": clip_grad}, where=where)
-    if section == "fp16":
-        # JSON knows only powers of two as first scales, and whole numbers as smallest ones.
-        engine.parts.precision.scaler = scaling.scaler
-    return engine
 
 
 def _scaler_state_in(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ds_core.interfaces.precision import LossScaler, Precision, PrecisionPlan
-from ds_core.precision.fp32 import NoScaling
+from ds_core.interfaces.precision import Precision, PrecisionPlan
 from ds_core.precision.plans import plan_for
 from ds_fp16.autocast import safe_module_classes
-from ds_fp16.loss_scaler import DynamicLossScaler, get_loss_scaler
+from ds_fp16.loss_scaler import DynamicLossScaler, LossScaler, get_loss_scaler
 
 if TYPE_CHECKING:
     from ds_core.config import Config
+    from ds_core.interfaces.precision import LossScaler as AnyLossScaler
 
 __all__ = ["Bf16", "Fp16", "TorchAutocast"]
 
@@ -25,7 +25,7 @@ __all__ = ["Bf16", "Fp16", "TorchAutocast"]
 class _LowPrecision(Precision):
     """What the three share: a plan and a scaler made once, and the rule about the norm."""
 
-    def __init__(self, config: Config, plan: PrecisionPlan, scaler: LossScaler, *, skips_overflow: bool) -> None:
+    def __init__(self, config: Config, plan: PrecisionPlan, scaler: AnyLossScaler, *, skips_overflow: bool) -> None:
         super().__init__(config)
         self._plan, self._scaler = plan, scaler
         self.skips_overflow = skips_overflow
@@ -35,12 +35,12 @@ class _LowPrecision(Precision):
         return self._plan
 
     @property
-    def scaler(self) -> LossScaler:
+    def scaler(self) -> AnyLossScaler:
         """The scaler in force; set it to scale by another one (``override_loss_scale`` of the optimizer's face)."""
         return self._scaler
 
     @scaler.setter
-    def scaler(self, scaler: LossScaler) -> None:
+    def scaler(self, scaler: AnyLossScaler) -> None:
         self._scaler = scaler
 
     def overflowed(self, norm: float) -> bool:
@@ -68,7 +68,7 @@ class Bf16(_LowPrecision):
 
     def __init__(self, config: Config) -> None:
         plan = _stored_plan(config, torch.bfloat16, casts_inputs=config.bf16.auto_cast)
-        super().__init__(config, plan, NoScaling(), skips_overflow=config.bf16.check_grad_overflow)
+        super().__init__(config, plan, LossScaler(1.0), skips_overflow=config.bf16.check_grad_overflow)
 
     def optimizer_face(self, engine: Any) -> Any:
         from ds_fp16.optimizers import bf16_face
@@ -112,9 +112,9 @@ def _stored_plan(config: Config, dtype: torch.dtype, *, casts_inputs: bool) -> P
     )
 
 
-def _autocast_scaler(dtype: torch.dtype) -> LossScaler:
+def _autocast_scaler(dtype: torch.dtype) -> AnyLossScaler:
     if dtype != torch.float16:
-        return NoScaling()
+        return LossScaler(1.0)
     return DynamicLossScaler(
         2.0**16, scale_window=2000, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False, dtype=dtype
     )
