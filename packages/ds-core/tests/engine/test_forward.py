@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ds_core.engine.forward import build_forward
+from ds_core.engine.forward import build_forward, plan_autocast
 from ds_core.interfaces.precision import PrecisionPlan
 
 CPU = torch.device("cpu")
@@ -88,3 +88,30 @@ def test_an_engine_says_once_for_itself(caplog):
         for forward in (first, first, second):
             forward(torch.ones(1, 2))
     assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize("plan", [None, BF16, FP16])
+@pytest.mark.parametrize("outer", [None, BF16, FP16])
+def test_the_context_tells_of_another_autocast_at_each_entry(plan, outer):
+    linear, x, told = nn.Linear(2, 1), torch.ones(1, 2), []
+    with torch.autocast("cpu", dtype=outer, enabled=outer is not None):
+        for _ in range(2):
+            with plan_autocast(plan, "cpu", told.append):
+                assert linear(x).dtype == (plan or FP32)
+            with plan_autocast(plan, "cpu"):
+                assert linear(x).dtype == (plan or FP32)
+            assert linear(x).dtype == (outer or FP32)
+    assert told == ([outer] * 2 if outer not in (None, plan) else [])
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_cache_that_the_caller_switched_off_stays_off(cached):
+    with torch.autocast("cpu", dtype=BF16, cache_enabled=cached), plan_autocast(BF16, "cpu"):
+        assert torch.is_autocast_cache_enabled() is cached
+
+
+def test_without_any_autocast_no_context_is_entered(monkeypatch):
+    forward = build_forward(nn.Linear(2, 1), PrecisionPlan(), CPU)
+    monkeypatch.setattr("ds_core.engine.forward.plan_autocast", lambda *args: pytest.fail("a context was made"))
+    assert forward(torch.ones(1, 2)).dtype == FP32

@@ -5,17 +5,18 @@ Nothing here is global: what an engine does is asked of the engine, what a param
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from ds_core.engine.forward import plan_autocast
 from ds_core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from contextlib import AbstractContextManager
 
     from ds_core.engine.engine import DeepSpeedEngine
 
@@ -194,14 +195,9 @@ def get_autocast_dtype(engine: DeepSpeedEngine) -> torch.dtype | None:
     return engine.parts.precision.plan.autocast
 
 
-def autocast_if_enabled(engine: DeepSpeedEngine) -> contextlib.AbstractContextManager[object]:
+def autocast_if_enabled(engine: DeepSpeedEngine) -> AbstractContextManager[object]:
     """Return a context in which code computes as in this engine's forward.
 
     The engine's word holds, also inside an autocast of the caller's: its device and dtype if it has one, else none.
     """
-    dtype, device = get_autocast_dtype(engine), engine.device.type
-    is_inside_another = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype
-    if dtype is None:
-        return torch.autocast(device, enabled=False) if is_inside_another else contextlib.nullcontext()
-    # Torch keeps cast weights until the outermost autocast ends, and does not ask in which dtype (torch 2.13).
-    return torch.autocast(device, dtype=dtype, cache_enabled=False if is_inside_another else None)
+    return plan_autocast(get_autocast_dtype(engine), engine.device.type)

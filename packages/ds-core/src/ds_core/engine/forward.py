@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +12,13 @@ from ds_core.log import log_dist
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from torch import nn
 
     from ds_core.interfaces.precision import PrecisionPlan
 
-__all__ = ["build_forward"]
+__all__ = ["build_forward", "plan_autocast"]
 
 
 def build_forward(module: nn.Module, plan: PrecisionPlan, device: torch.device) -> Callable[..., Any]:
@@ -37,31 +39,42 @@ def build_forward(module: nn.Module, plan: PrecisionPlan, device: torch.device) 
     return with_cast_inputs
 
 
+def plan_autocast(
+    dtype: torch.dtype | None, device_type: str, inside: Callable[[torch.dtype], None] | None = None
+) -> AbstractContextManager[object]:
+    """Return a context in which the autocast of a plan holds, or none, also where the caller is inside another.
+
+    Args:
+        dtype: of the plan, ``PrecisionPlan.autocast``.
+        device_type: such as ``"cuda"``.
+        inside: called with the dtype of the caller's autocast, if there is one to another dtype.
+    """
+    outer = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    another = None if outer == dtype else outer
+    if another is not None and inside is not None:
+        inside(another)
+    if dtype is None:
+        return nullcontext() if another is None else torch.autocast(device_type, enabled=False)
+    # torch keeps cast weights until the outermost autocast ends, and does not ask in which dtype (torch 2.13).
+    return torch.autocast(device_type, dtype=dtype, cache_enabled=None if another is None else False)
+
+
 def _under_autocast(module: nn.Module, dtype: torch.dtype | None, device_type: str) -> Callable[..., Any]:
     told = False
 
-    def tell_once() -> None:
+    def tell_once(outer: torch.dtype) -> None:
         nonlocal told
         if not told:
             told = True
-            _tell(dtype, torch.get_autocast_dtype(device_type))
+            _tell(dtype, outer)
 
-    def without(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_autocast_enabled(device_type):
-            return module(*args, **kwargs)
-        tell_once()
-        with torch.autocast(device_type, enabled=False):
-            return module(*args, **kwargs)
-
-    def under(*args: Any, **kwargs: Any) -> Any:
-        other = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) != dtype
-        if other:
-            tell_once()
-        # torch keeps cast weights until the outermost autocast ends, and does not ask in which dtype (torch 2.13).
-        with torch.autocast(device_type, dtype=dtype, cache_enabled=not other):
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if dtype is None and not torch.is_autocast_enabled(device_type):
+            return module(*args, **kwargs)  # most calls are of this kind, and need no context
+        with plan_autocast(dtype, device_type, tell_once):
             return module(*args, **kwargs)
 
-    return without if dtype is None else under
+    return forward
 
 
 def _tell(dtype: torch.dtype | None, outer: torch.dtype) -> None:
