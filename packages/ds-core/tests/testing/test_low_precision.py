@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ds_core.testing.low_precision import PRECISIONS, Scaler, differences, emulate
-from ds_core.testing.reference import Case, build_model, loss_of, micro_batch, reference
+from ds_core.testing.reference import BATCH_NORM, Case, build_model, loss_of, micro_batch, reference
 
 CASES = [Case("all", precision=precision, accumulation=2) for precision in PRECISIONS]
 
@@ -73,6 +74,7 @@ def test_the_comparison_accepts_itself_and_little_else(case):
         "weight norm.bias": lambda trace: trace.weights[2]["norm.bias"].add_(0.1),
         "norm is": lambda trace: trace.norms.__setitem__(1, trace.norms[1] * 1.1),
         "loss is": lambda trace: trace.losses[0].__setitem__(0, 0.0),
+        "buffer scale": lambda trace: trace.buffers[1]["scale"].add_(1.0),
         "scales is": lambda trace: trace.scales.__setitem__(2, 3.0),
         "skipped is": lambda trace: trace.skipped.__setitem__(0, True),
         "before any step: weight": lambda trace: (
@@ -85,6 +87,41 @@ def test_the_comparison_accepts_itself_and_little_else(case):
         wrong = copy.deepcopy(expected)
         change(wrong)
         assert any(problem in found for found in differences(wrong, expected)), problem
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.precision)
+def test_a_gradient_of_zero_is_exact_and_moves_the_weights(case):
+    expected = emulate(case, 2, zero=(1,))
+    assert expected.skipped == [False] * 3
+    assert expected.norms[1] == 0.0
+    for name, gradient in expected.gradients[1].items():
+        assert gradient is None or not gradient.count_nonzero(), name
+    # Momentum and weight decay act.
+    assert not torch.equal(expected.weights[0]["norm.bias"], expected.weights[1]["norm.bias"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "autocast bf16"])
+def test_each_rank_has_batch_statistics_of_its_own(precision):
+    case = Case(BATCH_NORM, accumulation=2, precision=precision)
+    of_ranks = [emulate(case, 2, rank) for rank in range(2)]
+    stored = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    for rank, trace in enumerate(of_ranks):
+        assert trace.buffers[0]["batch.running_mean"].dtype == stored
+        # As many as this rank's own micro-batches.
+        assert [buffers["batch.num_batches_tracked"].item() for buffers in trace.buffers] == [2, 4, 6]
+        # The first step is at the weights given: it is that of a model which saw nobody else's batches.
+        alone = emulate(replace(case, accumulation=1), 1, steps=1, data=lambda *at, rank=rank: micro_batch(0, 0, rank))
+        twice = emulate(case, 1, steps=1, data=lambda *at, rank=rank: micro_batch(0, at[1], rank))
+        assert not torch.equal(alone.buffers[0]["batch.running_mean"], trace.buffers[0]["batch.running_mean"])
+        assert torch.equal(twice.buffers[0]["batch.running_mean"], trace.buffers[0]["batch.running_mean"])
+    first, second = (trace.buffers[0]["batch.running_mean"] for trace in of_ranks)
+    assert not torch.equal(first, second)
+
+
+def test_a_step_that_never_was_had_a_forward():
+    expected = emulate(Case(BATCH_NORM, precision="bf16"), 2, never=(1,))
+    assert [len(losses) for losses in expected.losses] == [1, 1, 1]
+    assert [buffers["batch.num_batches_tracked"].item() for buffers in expected.buffers] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

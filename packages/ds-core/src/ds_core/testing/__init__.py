@@ -5,6 +5,7 @@
 - ``ds_core.testing.memory``: ``LiveStorage`` counts the bytes of live tensor storages.
 - ``ds_core.testing.state``: ``reset_globals`` resets what a process has only one of.
 - ``ds_core.testing.reference``, ``low_precision``: training on N ranks against plain PyTorch.
+- ``ds_core.testing.incidents``: what may befall one step on one rank, such as an inf, beside the cases of these.
 - ``ds_core.testing.matrix``: few cases out of a product of factors: every pair of values, or drawn by the date.
 
 The suites need pytest; nothing here is imported by the rest of ds-core.

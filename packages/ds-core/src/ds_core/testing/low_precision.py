@@ -17,9 +17,11 @@ Accuracy and Stability of Numerical Algorithms, section 4.2). The bound of the r
 
     2 (n - 1) u' |sum|g|| / |sum g|
 
-plus 2 u where the reduced sum is cast to the accumulation dtype (one rounding on each side). u is 2**-8 in bf16, 2**-11
-in fp16: the larger of the accumulation and the reduce dtype's. On one rank without accumulation the bound is 0. Adding
-in fp16 brings no other error below its normal range, where sums are exact. A parameter used twice in one forward has a
+with n for n - 1 where the reduce dtype is the coarser one, since each term is rounded to it first, and plus 2 u where
+the reduced sum is cast back to the accumulation dtype (one rounding on each side). u is 2**-8 in bf16, 2**-11 in fp16:
+the larger of the accumulation and the reduce dtype's. On one rank without accumulation the bound is 0. Adding in fp16
+brings no other error below its normal range, where sums are exact; a cast to it from another dtype does, of half its
+least number, 2**-25, per element, rank and side. A parameter used twice in one forward has a
 gradient of two terms, which autograd may add in the dtype it is stored or accumulated in: one rounding, where these
 differ.
 
@@ -34,6 +36,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +45,7 @@ from torch import Tensor, nn
 from ds_core import comm
 from ds_core.testing.reference import (
     ADAM_EPS,
+    BATCH_NORM,
     GRADIENT_BOUND,
     LR,
     MIXED_MODELS,
@@ -58,7 +62,7 @@ from ds_core.testing.reference import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 __all__ = [
     "FACTORS",
@@ -70,22 +74,24 @@ __all__ = [
     "check",
     "differences",
     "emulate",
+    "shared_out",
     "wrong_cases",
 ]
 
 PRECISIONS = ("fp16", "bf16", "autocast bf16", "autocast fp16")
 FACTORS: dict[str, tuple[Any, ...]] = {
     "precision": PRECISIONS,
-    "model": (*MODELS, *MIXED_MODELS),
+    "model": (*MODELS, *MIXED_MODELS, BATCH_NORM),
     "output": OUTPUTS,
     "accumulation": (1, 2, 3),
     "clipping": (0.0, 0.05),
     "optimizer": ("SGD", "AdamW"),
     "accumulate": (None, "float32"),
-    "reduce": (None, "fp32"),
+    "reduce": (None, "fp32", "fp16", "bf16"),
 }
 """Of the matrix of P03 at one world size: fields of :class:`Case`."""
 OPTIMIZER_ROUNDINGS = 16
+FP16_UNDERFLOW = 2.0**-25
 MOMENTUM = 0.9
 _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -167,6 +173,8 @@ def emulate(
     steps: int = STEPS,
     follow: Trace | None = None,
     never: Collection[int] = (),
+    zero: Collection[int] = (),
+    data: Callable[[int, int, int], tuple[Tensor, bool]] = micro_batch,
     scaler: Scaler | None = None,
 ) -> Expected:
     """Train in plain PyTorch on the data of all ranks; ``losses`` are those of ``rank``.
@@ -178,14 +186,24 @@ def emulate(
         steps: how many.
         follow: take the weights before each step from here, see the module's note.
         never: steps that overflow, whatever their gradients are: nothing of them reaches the weights.
+        zero: steps whose losses are multiplied by zero before backward.
+        data: returns the model's arguments for a step, micro-batch and rank.
         scaler: instead of the one the case's configuration asks for.
     """
-    return _Emulation(case, world_size, rank, scaler).run(steps, follow, never)
+    return _Emulation(case, world_size, rank, scaler, zero, data).run(steps, follow, never)
 
 
 class _Emulation:
-    def __init__(self, case: Case, world_size: int, rank: int, scaler: Scaler | None) -> None:
-        self.case, self.world_size, self.rank = case, world_size, rank
+    def __init__(
+        self,
+        case: Case,
+        world_size: int,
+        rank: int,
+        scaler: Scaler | None,
+        zero: Collection[int],
+        data: Callable[[int, int, int], tuple[Tensor, bool]],
+    ) -> None:
+        self.case, self.world_size, self.rank, self.zero, self.data = case, world_size, rank, zero, data
         self.meaning = Meaning.of(case)
         self.model = build_model(case)
         self.params = dict(self.model.named_parameters())
@@ -193,6 +211,13 @@ class _Emulation:
         if self.meaning.stored is not None:
             for param in self.params.values():
                 param.data = param.data.to(self.meaning.stored)
+        self.buffers = dict(self.model.named_buffers())
+        if case.buffer is not None:
+            for buffer in self.buffers.values():
+                if buffer.is_floating_point():
+                    buffer.data = buffer.data.to(_DTYPES[case.buffer])
+        self.buffers_of = [_copies(self.buffers) for _ in range(world_size)]
+        """Each rank's own: the one model here takes turns with them."""
         self.masters = {
             name: nn.Parameter(given[name].float())
             for name, param in self.params.items()
@@ -221,11 +246,12 @@ class _Emulation:
                 for name, param in self.params.items():
                     param.data.copy_(weights[name])
             if step in never:
-                self._overflow()
+                self._overflow(step)
             else:
                 self._step(step)
             self.trace.weights.append(_copies(self.params))
             self.trace.masters.append(_copies(self.masters))
+            self.trace.buffers.append(_copies(self.buffers_of[self.rank]))
             self.trace.weight_bounds.append({name: self._weight_bound(name) for name in self.updated})
         return self.trace
 
@@ -239,7 +265,7 @@ class _Emulation:
             return self.meaning.autocast
         return self.params[name].dtype
 
-    def _overflow(self) -> None:
+    def _overflow(self, step: int) -> None:
         trace = self.trace
         trace.scales.append(self.scaler.scale)
         trace.losses.append([])
@@ -248,6 +274,8 @@ class _Emulation:
         trace.norms.append(float("nan"))
         trace.norm_bounds.append(0.0)
         trace.skipped.append(True)
+        # Its forward was computed all the same: there is a loss, and batch statistics have moved.
+        self._local(step, self.rank, self.scaler.scale)
         self.scaler.update(True)
 
     def _step(self, step: int) -> None:
@@ -279,11 +307,14 @@ class _Emulation:
     def _local(self, step: int, rank: int, scale: float) -> dict[str, tuple[Tensor, Tensor]]:
         """Return ``rank``'s gradients, each with the sum of the micro-batches' magnitudes."""
         found: dict[str, tuple[Tensor, Tensor]] = {}
+        factor = 0.0 if step in self.zero else scale / (self.case.accumulation * self.world_size)
+        for name, buffer in self.buffers.items():
+            buffer.copy_(self.buffers_of[rank][name])
         for micro in range(self.case.accumulation):
             with torch.autocast("cpu", self.meaning.autocast, enabled=self.meaning.autocast is not None):
-                output = self.model(*micro_batch(step, micro, rank))
+                output = self.model(*self.data(step, micro, rank))
             loss = loss_of(output)
-            torch.autograd.backward(loss, torch.full_like(loss, scale / (self.case.accumulation * self.world_size)))
+            torch.autograd.backward(loss, torch.full_like(loss, factor))
             if rank == self.rank:
                 self.trace.losses[-1].append(loss.item())
             for name, param in self.params.items():
@@ -294,6 +325,7 @@ class _Emulation:
                     gradient, size = found[name][0] + gradient, found[name][1] + size
                 found[name] = gradient, size
                 param.grad = None
+        self.buffers_of[rank] = _copies(self.buffers)
         return found
 
     def _gradient_bound(self, name: str, gradient: Tensor, size: Tensor) -> float:
@@ -302,9 +334,12 @@ class _Emulation:
             reduce = accumulate
         terms = self.world_size * self.case.accumulation
         u = max(_roundoff(accumulate), _roundoff(reduce))
-        bound = 2 * (terms - 1) * u / (1 - terms * u) * _norm(size)
+        roundings = terms if _roundoff(reduce) > _roundoff(accumulate) else terms - 1
+        bound = 2 * roundings * u / (1 - terms * u) * _norm(size)
         if accumulate != reduce:
             bound += 2 * u * _norm(gradient)
+            if torch.float16 in (accumulate, reduce):
+                bound += 2 * self.world_size * FP16_UNDERFLOW * gradient.numel() ** 0.5
         if name in self.used_twice and accumulate != self.params[name].dtype:
             bound += _roundoff(self.params[name].dtype) * _norm(size)
         return bound
@@ -390,25 +425,37 @@ def wrong_cases(cases: Iterable[Case], config: Mapping[str, Any] | None = None, 
         config: sections to add, see :func:`ds_core.testing.reference.train`.
         how: ``gradients`` and ``weights``, as there.
     """
-    rank, world_size = comm.get_rank(), comm.get_world_size()
     traces = [(case, train(case, config, **how)) for case in cases]
-    digests = [_digest(trace) for _, trace in traces]
+    return shared_out([(str(case), trace, partial(_problems, case, trace)) for case, trace in traces])
+
+
+def shared_out(trained: Sequence[tuple[str, Trace, Callable[[], list[str]]]]) -> dict[str, list[str]]:
+    """Compare traces of every rank with each other, and each on one rank with what is expected. Collective.
+
+    Args:
+        trained: per case a name, this rank's trace, and what compares it; the same cases on every rank.
+
+    Returns:
+        the names of those that are off, with what is.
+    """
+    rank, world_size = comm.get_rank(), comm.get_world_size()
+    digests = [_digest(trace) for _, trace, _ in trained]
     of_ranks: list[Any] = [None] * world_size
     torch.distributed.all_gather_object(of_ranks, digests)
     found = {}
-    for index, (case, mine) in enumerate(traces):
+    for index, (name, _, compare) in enumerate(trained):
         problems = [
             f"rank {other} has other numbers" for other in range(world_size) if of_ranks[other][index] != digests[index]
         ]
         if index % world_size == rank:
-            problems += _problems(case, mine)
+            problems += compare()
         if problems:
-            found[str(case)] = problems
+            found[name] = problems
     return found
 
 
 def _digest(trace: Trace) -> str:
-    """Return a hash of every number that all ranks must have alike: all but the losses."""
+    """Return a hash of every number that all ranks must have alike: all but the losses and the buffers."""
     found = hashlib.blake2b(repr([trace.scales, trace.skipped, trace.norms]).encode())
     everything: list[Mapping[str, Tensor | None]] = [trace.start_weights, trace.start_masters]
     everything += [*trace.gradients, *trace.weights, *trace.masters]
@@ -433,6 +480,8 @@ def differences(mine: Trace, expected: Expected) -> list[str]:
         if not expected.skipped[step]:
             found += _gradient_differences(step, mine, expected)
         found += _weight_differences(step, mine, expected)
+        # The same batches in the same forward: nothing of them is summed over the ranks.
+        found += _unequal("buffer", f"step {step}", mine.buffers[step], expected.buffers[step])
     return found
 
 
@@ -450,7 +499,7 @@ def _loss_differences(step: int, mine: Trace, expected: Expected) -> list[str]:
     # The same numbers through the same kernels: all that is left is what fp32 sums of another order may be off.
     return [
         f"step {step}: loss is {got}, expected {want}"
-        for got, want in zip(mine.losses[step], expected.losses[step] or mine.losses[step], strict=True)
+        for got, want in zip(mine.losses[step], expected.losses[step], strict=True)
         if not abs(got - want) <= GRADIENT_BOUND
     ]
 

@@ -46,6 +46,8 @@ __all__ = [
 MODELS = ("plain", "tied", "frozen", "unused", "zero_size", "all")
 MIXED_MODELS = ("mixed", "all_mixed")
 """Some parameters given in bf16 or fp16; no element-wise bound holds for them."""
+BATCH_NORM = "batch_norm"
+"""In train mode: each rank normalises by its own batches, and has running statistics of its own."""
 OUTPUTS = ("tensor", "tuple", "dict", "dataclass")
 LR = 0.05
 ADAM_EPS = 0.05
@@ -73,6 +75,11 @@ class Case:
     """``communication_data_type``."""
 
     @property
+    def buffer(self) -> str | None:
+        """``data_types.buffer_dtype``: torch on a CPU has no batch norm of 16-bit weights with fp32 statistics."""
+        return self.precision if self.model == BATCH_NORM and self.precision in ("fp16", "bf16") else None
+
+    @property
     def config(self) -> dict[str, Any]:
         """The configuration of an engine that trains this."""
         found: dict[str, Any] = {
@@ -88,8 +95,8 @@ class Case:
             found["bf16"] = {"enabled": True}
         elif self.precision != "fp32":
             found["torch_autocast"] = {"enabled": True, "dtype": self.precision.removeprefix("autocast ")}
-        if self.accumulate is not None:
-            found["data_types"] = {"grad_accum_dtype": self.accumulate}
+        data_types = {"grad_accum_dtype": self.accumulate, "buffer_dtype": self.buffer}
+        found["data_types"] = {key: dtype for key, dtype in data_types.items() if dtype is not None}
         if self.reduce is not None:
             found["communication_data_type"] = self.reduce
         return found
@@ -127,7 +134,8 @@ class OddModel(nn.Module):
 
     def __init__(self, kind: str, output: str) -> None:
         super().__init__()
-        has = {"all": MODELS[1:-1], "all_mixed": (*MODELS[1:-1], "mixed")}.get(kind, (kind,))
+        every = MODELS[1:-1]
+        has = {"all": every, "all_mixed": (*every, "mixed"), BATCH_NORM: (BATCH_NORM, "unused")}.get(kind, (kind,))
         self.output = output
         self.embed = nn.Embedding(self.VOCABULARY, self.WIDTH)
         self.block = nn.Linear(self.WIDTH, self.WIDTH)  # used twice in one forward
@@ -140,6 +148,8 @@ class OddModel(nn.Module):
         if "unused" in has:
             self.never = nn.Linear(3, 2)
             self.sometimes = nn.Linear(self.WIDTH, self.WIDTH)  # by some ranks, in some micro-batches
+        if BATCH_NORM in has:
+            self.batch = nn.BatchNorm1d(self.WIDTH)
         if "zero_size" in has:
             self.nothing = nn.Parameter(torch.empty(0, 4))
         self.register_buffer("scale", torch.tensor([1.5]))
@@ -153,6 +163,8 @@ class OddModel(nn.Module):
         hidden = self.embed(tokens)
         hidden = hidden + torch.tanh(_into(self.block, hidden))
         hidden = hidden + torch.tanh(_into(self.block, _into(self.norm, hidden)))
+        if hasattr(self, "batch"):
+            hidden = hidden + self.batch(hidden.transpose(1, 2)).transpose(1, 2)
         if hasattr(self, "frozen"):
             hidden = hidden + _into(self.frozen, hidden)
         if hasattr(self, "sometimes") and use_sometimes:
@@ -218,6 +230,8 @@ class Trace:
     scales: list[float] = field(default_factory=list)
     """Per step, the loss scale of its backwards."""
     skipped: list[bool] = field(default_factory=list)
+    buffers: list[dict[str, Tensor]] = field(default_factory=list)
+    """Per step, this rank's, after it."""
     start_weights: dict[str, Tensor] = field(default_factory=dict)
     start_masters: dict[str, Tensor] = field(default_factory=dict)
 
@@ -292,6 +306,7 @@ def train(
     steps: int = STEPS,
     tamper: Callable[[Tensor], Tensor] = lambda loss: loss,
     before_backward: Callable[[Any, int, int], None] = lambda engine, step, micro: None,
+    data: Callable[[int, int, int], tuple[Tensor, bool]] = micro_batch,
     gradients: Callable[[nn.Module], dict[str, Tensor | None]] = _gradients,
     weights: Callable[[nn.Module], dict[str, Tensor]] = _weights,
 ) -> Trace:
@@ -303,6 +318,7 @@ def train(
         steps: how many.
         tamper: applied to the loss before backward; for showing that the comparison notices.
         before_backward: called with the engine, the step and the micro-batch.
+        data: returns the model's arguments for a step, micro-batch and rank.
         gradients: how to read the reduced gradients, still scaled, between the last backward and the step.
         weights: how to read the weights by name, after a step.
     """
@@ -312,7 +328,7 @@ def train(
         trace.scales.append(engine.cur_scale)
         losses = []
         for micro in range(case.accumulation):
-            loss = loss_of(engine(*micro_batch(step, micro, rank)))
+            loss = loss_of(engine(*data(step, micro, rank)))
             losses.append(loss.item())
             before_backward(engine, step, micro)
             engine.backward(tamper(loss))
@@ -324,6 +340,7 @@ def train(
         trace.skipped.append(not engine.was_step_applied())
         trace.weights.append(weights(engine.module))
         trace.masters.append(_masters(engine, case))
+        trace.buffers.append({name: buffer.clone() for name, buffer in engine.module.named_buffers()})
     engine.destroy()
     return trace
 
