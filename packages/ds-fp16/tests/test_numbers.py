@@ -28,7 +28,13 @@ CURVES = [
     for optimizer in ("SGD", "AdamW")
 ]
 WRONG_CURVES = [(case, 0.0) for case, _ in CURVES[::2]]
-MUTATIONS = [(precision, factor) for precision in PRECISIONS for factor in (2.0, 0.0, 0.5)]
+NARROW = {"accumulate": "float32", "reduce": "bf16"}
+"""Of a message that holds fewer digits than the sums."""
+MUTATIONS = [
+    (Case("plain", optimizer="SGD", precision=precision, **sums), factor)
+    for precision in PRECISIONS
+    for sums, factor in (({}, 2.0), ({}, 0.0), ({}, 0.5), (NARROW, 2.0), (NARROW, 0.0))
+]
 
 
 def drawn_cases(world_size: int) -> list[Case]:
@@ -37,13 +43,12 @@ def drawn_cases(world_size: int) -> list[Case]:
     return [case_of(row) for row in rows if row.pop("world_size") == world_size]
 
 
-def with_one_rank_off() -> dict[tuple[str, float], list[str]]:
+def with_one_rank_off() -> dict[tuple[Case, float], list[str]]:
     """Multiply rank 1's loss by a factor; return what the comparison says, for each of ``MUTATIONS``."""
     found = {}
-    for precision, factor in MUTATIONS:
-        case = Case("plain", optimizer="SGD", precision=precision)
+    for case, factor in MUTATIONS:
         problems = check(case, tamper=lambda loss, by=factor: loss * by if comm.get_rank() == 1 else loss)
-        found[precision, factor] = problems
+        found[case, factor] = problems
     return found
 
 
