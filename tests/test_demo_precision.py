@@ -57,8 +57,8 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Return the folder of a comparison of all precisions on the tiny GPT, and what it printed."""
     out = tmp_path_factory.mktemp("precisions")
-    words = [sys.executable, GPT_FOLDER / "precisions.py", "--steps", STEPS, "--no-other-seed", "--out", out]
-    return out, run(*words, cwd=out)
+    words = [sys.executable, GPT_FOLDER / "precisions.py", "--steps", STEPS, "--seeds", 1, "--no-yardstick"]
+    return out, run(*words, "--out", out, cwd=out)
 
 
 def test_every_precision_learns_as_well_as_fp32(compared: tuple[Path, str]) -> None:
@@ -87,11 +87,27 @@ def test_every_run_says_its_precision_and_the_table_compares_them(compared: tupl
 
 def test_a_precision_that_ends_elsewhere_is_told(scripts: dict[str, ModuleType]) -> None:
     precisions = scripts["precisions"]
-    far = precisions.Run("bf16", 2.5, difference=-0.021, skipped_steps=0, loss=[], validation=[])
-    near = precisions.Run("bf16", 2.5, difference=-0.019, skipped_steps=0, loss=[], validation=[])
-    assert not precisions.is_kept(far)
-    assert precisions.is_kept(near)
+
+    def runs(*differences: float) -> list[object]:
+        return [precisions.Run("bf16", seed, 2.5, difference, 0, [], []) for seed, difference in enumerate(differences)]
+
     assert precisions.PROMISED == NATS
+    assert not precisions.is_kept("bf16", runs(0.021))
+    assert not precisions.is_kept("bf16", runs(-0.021))
+    assert precisions.is_kept("bf16", runs(-0.019))
+    # No seed makes up for another.
+    assert not precisions.is_kept("bf16", runs(0.021, -0.021))
+    assert precisions.is_kept("bf16", runs(0.019, -0.019))
+
+
+def test_only_a_run_that_has_come_to_its_end_is_kept(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    is_complete, history = scripts["precisions"].is_complete, scripts["progress"].History(tmp_path, resumed_at=None)
+    history.add(3, validation_loss=2.0)
+    history.add(4, loss=2.0)
+    history.close()
+    assert is_complete(tmp_path, 3)
+    assert not is_complete(tmp_path, 4)
+    assert not is_complete(tmp_path / "none", 3)
 
 
 @pytest.mark.parametrize(
