@@ -71,7 +71,8 @@ def build_optimizer(
             fix=f"one of {', '.join(allowed)}",
         )
     if "fused" in known and not {"fused", "foreach", "differentiable"} & set(options):
-        options["fused"] = not (_is_sgd(factory) and _has_16_bit_on_cpu(param_groups))
+        does_nothing = _is_sgd(factory) and _has_16_bit_on_cpu(param_groups)
+        options["fused"] = not (does_nothing or _has_complex(param_groups))
     try:
         optimizer = factory(param_groups, **options)
     except (TypeError, ValueError) as error:
@@ -99,6 +100,11 @@ def _has_16_bit_on_cpu(param_groups: list[dict[str, Any]]) -> bool:
         for group in param_groups
         for param in group["params"]
     )
+
+
+def _has_complex(param_groups: list[dict[str, Any]]) -> bool:
+    """Return whether torch's fused kernels would refuse one of the parameters."""
+    return any(param.is_complex() for group in param_groups for param in group["params"])
 
 
 def check_steps_without_closure(optimizer: torch.optim.Optimizer) -> None:
