@@ -25,6 +25,7 @@ from ds_core.interfaces.logical import logical_name
 from ds_core.interfaces.partition import Partition, PartitionInputs
 from ds_core.log import log_dist
 from ds_core.optim.build import build_optimizer, check_steps_without_closure, find_optimizer
+from ds_core.optim.client import check_updates, take_over
 from ds_core.optim.scaled import OptimizerStep
 from ds_core.schedules import build_schedule
 
@@ -340,7 +341,7 @@ def _optimizer(arguments: Arguments, partition: Partition) -> torch.optim.Optimi
     groups = partition.optimizer_groups()
     given, section = arguments.optimizer, arguments.config.optimizer
     if isinstance(given, torch.optim.Optimizer):
-        _take_over(given, groups)
+        take_over(given, groups)
         return given
     if given is not None:
         built = given([dict(group) for group in groups])
@@ -351,54 +352,10 @@ def _optimizer(arguments: Arguments, partition: Partition) -> torch.optim.Optimi
                 fix="return a torch.optim.Optimizer",
             )
         check_steps_without_closure(built)
-        _check_updates(built, groups)
+        check_updates(built, groups)
         return built
     assert section is not None
     return build_optimizer(section.type, section.params, groups)
-
-
-def _take_over(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Let the client's ``optimizer`` update the tensors of ``groups``; of frozen parameters it keeps nothing."""
-    kept = [group for group in optimizer.param_groups if any(param.requires_grad for param in group["params"])]
-    updated: dict[torch.Tensor, torch.Tensor] = {}
-    for own, group in zip(kept, groups, strict=True):
-        trains = [param.requires_grad for param in own["params"]]
-        trained = [param for param, does in zip(own["params"], trains, strict=True) if does]
-        updated.update(zip(trained, group["params"], strict=True))
-        if "param_names" in own:  # torch's, where it was built from named_parameters()
-            own["param_names"] = [name for name, does in zip(own["param_names"], trains, strict=True) if does]
-        own["params"] = group["params"]
-    optimizer.param_groups = kept
-    state = list(optimizer.state.items())
-    optimizer.state.clear()
-    for param, of_param in state:
-        if param in updated:
-            optimizer.state[updated[param]] = _state_for(updated[param], of_param)
-
-
-def _check_updates(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
-    given = {id(tensor) for group in groups for tensor in group["params"]}
-    updates = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-    if given != updates:
-        raise ConfigError(
-            f"the optimizer callable was given {len(given)} tensors to update, its optimizer has "
-            f"{len(updates & given)} of them and {len(updates - given)} others",
-            where="initialize(optimizer)",
-            fix="build the optimizer from the groups it is called with; freeze parameters before initialize",
-        )
-
-
-def _state_for(updated: torch.Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``state`` of a parameter for the tensor updated in its place: what is shaped like it has its dtype.
-
-    As torch's ``load_state_dict`` would cast it; an optimizer that was used on bf16 parameters has its state in bf16.
-    """
-    return {
-        slot: value.to(updated.dtype)
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == updated.shape
-        else value
-        for slot, value in state.items()
-    }
 
 
 def _schedule(arguments: Arguments, optimizer: torch.optim.Optimizer) -> LRSchedule | None:
