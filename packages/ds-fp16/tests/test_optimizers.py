@@ -13,8 +13,8 @@ import torch
 import ds_core
 from ds_core.errors import CheckpointError, ConfigError, EngineError, NotBuiltError
 from ds_core.schedules import build_schedule
+from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 from ds_core.testing.ranks import run_ranks
-from ds_core.testing.state import reset_globals
 from ds_fp16 import BF16_Optimizer, FP16_Optimizer, FP16_UnfusedOptimizer, LossScaleConfig, loss_scaler
 
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 10, "loss_scale_window": 2}}
@@ -28,15 +28,6 @@ KINDS = {
     "bf16 SGD": (BF16 | SGD, BF16_Optimizer),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(autouse=True)
-def _one_process(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    reset_globals()
-    yield
-    reset_globals()
 
 
 def model() -> torch.nn.Module:

@@ -13,7 +13,7 @@ import ds_core
 from ds_core import comm
 from ds_core.engine.face import EngineFace
 from ds_core.errors import ConfigError, EngineError, NotBuiltError
-from ds_core.testing.state import reset_globals
+from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
@@ -41,15 +41,6 @@ class Model(torch.nn.Module):
 
     def greet(self) -> str:
         return "hello"
-
-
-@pytest.fixture(autouse=True)
-def _one_process(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    reset_globals()
-    yield
-    reset_globals()
 
 
 def start(**changes: Any):

@@ -15,22 +15,13 @@ from ds_core import registry
 from ds_core.engine.initialize import add_config_arguments
 from ds_core.errors import ConfigError
 from ds_core.interfaces.engine import EngineProvider
-from ds_core.testing.state import reset_globals
+from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
     "log_level": "error",
     "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_process(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    reset_globals()
-    yield
-    reset_globals()
 
 
 def model() -> torch.nn.Module:

@@ -16,7 +16,7 @@ from ds_core.errors import CheckpointError, ConfigError, EngineError, LossScaleE
 from ds_core.interfaces.precision import LossScaler
 from ds_core.precision.fp32 import NoScaling
 from ds_core.schedules import build_schedule
-from ds_core.testing.state import reset_globals
+from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
@@ -24,15 +24,6 @@ CONFIG: dict[str, Any] = {
     "log_level": "error",
     "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}},
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_process(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    reset_globals()
-    yield
-    reset_globals()
 
 
 class Doubling(LossScaler):

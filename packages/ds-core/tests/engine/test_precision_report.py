@@ -16,7 +16,7 @@ from ds_core import registry
 from ds_core.engine.precision_report import GroupPrecision, PrecisionReport, precision_report
 from ds_core.errors import EngineError
 from ds_core.interfaces.precision import Precision, PrecisionPlan
-from ds_core.testing.state import reset_globals
+from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,15 +28,6 @@ CONFIG: dict[str, Any] = {
     "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
 }
 F16, BF16, F32, F64 = ("float16",), ("bfloat16",), ("float32",), ("float64",)
-
-
-@pytest.fixture(autouse=True)
-def _one_process(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    reset_globals()
-    yield
-    reset_globals()
 
 
 class Model(nn.Module):

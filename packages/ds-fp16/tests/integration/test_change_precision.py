@@ -11,6 +11,7 @@ import torch
 
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import MASTER, WEIGHT
+from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 from ds_core.testing.resume import ResumeModel, everything, start, train, unequal
 from ds_core.testing.state import reset_globals
 
@@ -31,15 +32,6 @@ WITH_MASTERS = ("fp16", "bf16", "bf16, fp32 sums")
 LOSS_BOUND = 2.0**-6
 """Relative. Input, weights and three products are rounded, each by at most 2**-8 in bf16, and the loss is a square:
 2**-5 if all roundings went one way, which 13 terms and 3 samples do not. Measured are 2**-8 and less."""
-
-
-@pytest.fixture(autouse=True)
-def _one_process(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    reset_globals()
-    yield
-    reset_globals()
 
 
 def build(precision: str, *, seed: int = 1, **more: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 from ds_core.testing.ranks import run_ranks
 from ds_core.testing.resume import everything, save_each, start, train, unequal
 from ds_core.testing.state import reset_globals
@@ -34,15 +35,6 @@ SCALES = {
     "autocast fp16": [65536] * 2 + [32768] * 3 + [16384] * 9,
 }
 """After each micro-step."""
-
-
-@pytest.fixture(autouse=True)
-def _one_process(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    reset_globals()
-    yield
-    reset_globals()
 
 
 def resumed_runs_that_differ(folder: Path, precision: str) -> list[str]:
