@@ -400,6 +400,7 @@ def _best_source(piece: Piece, stored: Mapping[tuple[str, str], LogicalTensor]) 
     return next((stored[piece.of.name, kind] for kind in kinds if (piece.of.name, kind) in stored), None)
 
 
+@torch.no_grad()
 def load_weights(engine: EngineFace, weights: Mapping[str, Any], strict: bool) -> None:
     """Load a state dict into the module, and its full digits into the masters of weights that are stored in fewer."""
     partition = engine.parts.partition
