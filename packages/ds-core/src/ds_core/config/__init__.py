@@ -8,16 +8,16 @@
 from __future__ import annotations
 
 from ds_core.config.batch import BatchSizes, resolve_batch
-from ds_core.config.choices import CheckpointSection, PartitionSection, PrecisionSection
 from ds_core.config.config import Config
 from ds_core.config.face import DeepSpeedConfig
 from ds_core.config.loading import find_problems, load_config
-from ds_core.config.monitors import CsvMonitorSection
-from ds_core.config.optimizer import OptimizerSection, SchedulerSection
-from ds_core.config.precision import Bf16Section, DataTypesSection, Fp16Section, TorchAutocastSection
 from ds_core.config.problems import Problem
 from ds_core.config.section import Count, DtypeName, Int, NotBuilt, Number, PositiveInt, Section, key
-from ds_core.config.zero import OffloadOptimizerSection, OffloadParamSection, ZeroSection
+from ds_core.config.sections.choices import CheckpointSection, PartitionSection, PrecisionSection
+from ds_core.config.sections.monitors import CsvMonitorSection
+from ds_core.config.sections.optimizer import OptimizerSection, SchedulerSection
+from ds_core.config.sections.precision import Bf16Section, DataTypesSection, Fp16Section, TorchAutocastSection
+from ds_core.config.sections.zero import OffloadOptimizerSection, OffloadParamSection, ZeroSection
 from ds_core.errors import ConfigError
 
 DeepSpeedConfigError = ConfigError

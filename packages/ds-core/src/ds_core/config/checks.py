@@ -15,8 +15,8 @@ from ds_core.config.problems import Problem, dotted
 from ds_core.config.section import AUTO, show
 
 if TYPE_CHECKING:
-    from ds_core.config.choices import ChoiceSection
     from ds_core.config.config import Config
+    from ds_core.config.sections.choices import ChoiceSection
 
 __all__ = ["check", "unresolved"]
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AliasChoices, BeforeValidator, Field, PrivateAttr
 
-from ds_core.config.choices import CheckpointSection, ChoiceSection, PartitionSection, PrecisionSection
-from ds_core.config.monitors import CsvMonitorSection
-from ds_core.config.optimizer import OptimizerSection, SchedulerSection
-from ds_core.config.precision import Bf16Section, DataTypesSection, Fp16Section, TorchAutocastSection
 from ds_core.config.problems import raise_problems, validate
 from ds_core.config.section import Count, DtypeName, Int, NotBuilt, Number, PositiveInt, Section, lowered
-from ds_core.config.zero import ZeroSection
+from ds_core.config.sections.choices import CheckpointSection, ChoiceSection, PartitionSection, PrecisionSection
+from ds_core.config.sections.monitors import CsvMonitorSection
+from ds_core.config.sections.optimizer import OptimizerSection, SchedulerSection
+from ds_core.config.sections.precision import Bf16Section, DataTypesSection, Fp16Section, TorchAutocastSection
+from ds_core.config.sections.zero import ZeroSection
 from ds_core.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -201,7 +201,7 @@ def _holder(model: type[Section], location: tuple[str | int, ...]) -> tuple[type
 
 def _deprecated_problem(holder: type[Section], key: str, path: Path, value: Any) -> Problem | None:
     """Return what is wrong with a deprecated key that ``holder`` could not rewrite, or None for any other key."""
-    from ds_core.config.zero import DEPRECATED, ZeroSection
+    from ds_core.config.sections.zero import DEPRECATED, ZeroSection
 
     if holder is not ZeroSection or key not in DEPRECATED:
         return None

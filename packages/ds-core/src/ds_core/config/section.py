@@ -24,7 +24,9 @@ __all__ = [
     "AUTO",
     "Count",
     "DtypeName",
+    "Fraction",
     "Int",
+    "NoEffect",
     "NotBuilt",
     "Number",
     "PositiveInt",
@@ -61,6 +63,13 @@ class Section(BaseModel):
 
     _field_of_key: ClassVar[dict[str, str]] = {}
 
+    source: ClassVar[str] = ""
+    """Where the facts of the section stand, such as ``spec/core.md 2.5``, or the promise that it keeps."""
+    comes_with: ClassVar[str] = ""
+    """The package that will carry the section out; empty where it is carried out already. Refused until then if on."""
+    no_effect: ClassVar[str] = ""
+    """Why the section changes nothing even if it is on, where that is so: ``engine.report()`` says it."""
+
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
@@ -88,6 +97,23 @@ class Section(BaseModel):
             if base is not Section and issubclass(base, Section):
                 found |= _docstrings(base)
         return {name: found[name] for name in cls.model_fields if name in found}
+
+    def is_on(self) -> bool:
+        """Return whether the section asks for something: its ``enabled``, or else any key away from its default.
+
+        >>> class Probe(Section):
+        ...     depth: Count = 2
+        >>> Probe(depth=2).is_on(), Probe(depth=3).is_on()
+        (False, True)
+        """
+        if "enabled" in type(self).model_fields:
+            return bool(getattr(self, "enabled"))  # noqa: B009 - not every section has it
+        for name, info in type(self).model_fields.items():
+            value = getattr(self, name)
+            is_default = value == info.get_default(call_default_factory=True)
+            if not is_default and (not isinstance(value, Section) or value.is_on()):
+                return True
+        return bool(self.__pydantic_extra__)
 
     @model_validator(mode="before")
     @classmethod
@@ -159,6 +185,16 @@ class NotBuilt:
                 "not_built", "{why}; only {allowed} is accepted", {"why": self.why, "allowed": allowed}
             )
         return value
+
+
+@dataclass(frozen=True)
+class NoEffect:
+    """Marks a key that is accepted and changes nothing, for a reason that ``engine.report()`` gives::
+
+    zero_allow_untested_optimizer: Annotated[bool, NoEffect("every optimizer is allowed")] = False
+    """
+
+    why: str
 
 
 def show(value: Any, *, limit: int = 60) -> str:
@@ -234,6 +270,8 @@ PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 """A whole number from 1."""
 Number = Annotated[float, BeforeValidator(_finite)]
 """A finite number."""
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+"""A number from 0 to 1."""
 
 
 def lowered(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ds_core.config.section import AUTO, Count, Int, NotBuilt, Number, PositiveInt, Section, key
+from ds_core.config.section import AUTO, Count, Fraction, Int, NotBuilt, PositiveInt, Section, key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +21,6 @@ __all__ = [
     "ZeroppLocoSection",
 ]
 
-Fraction = Annotated[Number, Field(ge=0, le=1)]
 Device = Literal["none", "cpu", "nvme"]
 
 

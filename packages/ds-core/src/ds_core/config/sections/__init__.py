@@ -1,0 +1,1 @@
+"""The sections of a configuration, one class each; a module per topic. They know nothing of how files are read."""
