@@ -9,7 +9,7 @@ from ds_core.config.batch import BatchSizes, resolve_batch
 from ds_core.config.checks import check, unresolved
 from ds_core.config.config import BatchKeys, Config
 from ds_core.config.problems import Problem, dotted, raise_problems, unknown_key, validate
-from ds_core.config.reading import Source, read
+from ds_core.config.reading import Document, Source, read
 from ds_core.config.section import AUTO, Section, show
 from ds_core.errors import ConfigError, PluginError
 
@@ -32,10 +32,10 @@ def load_config(source: Source, *, dp_world_size: int = 1) -> Config:
     >>> load_config({"train_batch_size": 8}, dp_world_size=2).train_micro_batch_size_per_gpu
     4
     """
-    raw, where, twice = read(source)
-    config, problems = _load(raw, dp_world_size)
-    raise_problems([*twice, *problems], where=where)
-    config._raw, config._where = raw, where
+    document = read(source)
+    config, problems = _load(document.raw, dp_world_size)
+    raise_problems([*_given_twice(document), *problems], where=document.where)
+    config._raw, config._where = document.raw, document.where
     return config
 
 
@@ -53,8 +53,12 @@ def find_problems(source: Source, *, dp_world_size: int | None = None) -> list[P
     >>> [problem.path for problem in find_problems({"fp16": {"enabld": True}})]
     ['fp16.enabld']
     """
-    raw, _, twice = read(source)
-    return [*twice, *_load(raw, dp_world_size)[1]]
+    document = read(source)
+    return [*_given_twice(document), *_load(document.raw, dp_world_size)[1]]
+
+
+def _given_twice(document: Document) -> list[Problem]:
+    return [Problem(dotted(keys), "is given twice in one object", "keep one of the two") for keys in document.twice]
 
 
 def _load(raw: dict[str, Any], dp_world_size: int | None) -> tuple[Config, list[Problem]]:

@@ -9,29 +9,51 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_core.config.problems import Problem, dotted
 from ds_core.config.section import show
 from ds_core.errors import ConfigError
 
-__all__ = ["Source", "copied", "read"]
+__all__ = ["Document", "Keys", "Source", "copied", "read"]
 
 Source = Mapping[str, Any] | str | os.PathLike[str]
+Keys = tuple[str | int, ...]
+"""The way to a value: keys of objects and indexes of lists."""
 
 MAX_DEPTH = 64
 """Objects inside objects; no configuration needs more, and unbounded depth would exhaust the stack."""
 
 
-def read(source: Source) -> tuple[dict[str, Any], str, list[Problem]]:
-    """Return the configuration as a dict that nobody else holds, where it came from, and keys given twice.
+@dataclass(frozen=True)
+class Document:
+    """A configuration as the user gave it: not checked, and read once."""
+
+    raw: dict[str, Any]
+    """The whole of it; nobody else holds it."""
+    where: str
+    """``config dict``, ``base64 text``, or the path of the file."""
+    twice: tuple[Keys, ...] = ()
+    """Keys that a file or base64 text gives twice in one object; ``raw`` has the last value."""
+    text: str | None = None
+    """The text of a file or of base64; None for a mapping."""
+    is_plain_json: bool = True
+    """Whether ``text`` is JSON; if not, it is HJSON (comments, unquoted keys, ...)."""
+
+    def position(self, keys: Keys) -> tuple[int, int] | None:
+        """Return line and column, from 1, of a key (of the value for a list index); None where it was not found."""
+        return None
+
+
+def read(source: Source) -> Document:
+    """Return the configuration in ``source``, which is neither kept nor changed.
 
     Raises:
         ConfigError: there is no such file, or it is not one object of JSON or HJSON.
     """
     if isinstance(source, Mapping):
-        return copied(source, where="config dict"), "config dict", []
+        return Document(copied(source, where="config dict"), "config dict")
     if isinstance(source, os.PathLike):
         return _read_file(Path(source))
     if isinstance(source, str):
@@ -61,7 +83,7 @@ def _copied(value: Any, depth: int, where: str) -> Any:
     return value
 
 
-def _read_text_source(text: str) -> tuple[dict[str, Any], str, list[Problem]]:
+def _read_text_source(text: str) -> Document:
     if text.lstrip().startswith("{"):
         raise ConfigError(
             "a configuration given as text must be a path or base64, got JSON itself",
@@ -98,7 +120,7 @@ def _decoded(text: str) -> str | None:
     return decoded if decoded.lstrip().startswith("{") or ":" in decoded else None
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], str, list[Problem]]:
+def _read_file(path: Path) -> Document:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -130,9 +152,9 @@ class _Object(dict[str, Any]):
         self.twice = [key for key, count in Counter(key for key, _ in items).items() if count > 1]
 
 
-def _parse(text: str, where: str) -> tuple[dict[str, Any], str, list[Problem]]:
+def _parse(text: str, where: str) -> Document:
     try:
-        value = _loads(text)
+        value, is_plain_json = _loads(text)
     except RecursionError:
         raise ConfigError(
             f"objects are nested more than {MAX_DEPTH} deep", where=where, fix="remove the nesting"
@@ -143,23 +165,22 @@ def _parse(text: str, where: str) -> tuple[dict[str, Any], str, list[Problem]]:
         raise ConfigError(
             f"a configuration must be one object {{ ... }}, got {show(value)}", where=where, fix="put it in braces"
         )
-    return copied(value, where=where), where, list(_given_twice(value, ()))
+    return Document(copied(value, where=where), where, tuple(_given_twice(value, ())), text, is_plain_json)
 
 
-def _loads(text: str) -> Any:
+def _loads(text: str) -> tuple[Any, bool]:
     try:
-        return json.loads(text, object_pairs_hook=_Object)
+        return json.loads(text, object_pairs_hook=_Object), True
     except json.JSONDecodeError:
         # Comments, unquoted keys, trailing commas. Only on demand: most files are plain JSON, which parses far faster.
         import hjson
 
-        return hjson.loads(text, object_pairs_hook=_Object)
+        return hjson.loads(text, object_pairs_hook=_Object), False
 
 
-def _given_twice(value: Any, path: tuple[str | int, ...]) -> Iterator[Problem]:
+def _given_twice(value: Any, path: Keys) -> Iterator[Keys]:
     if isinstance(value, _Object):
-        for key in value.twice:
-            yield Problem(dotted((*path, key)), "is given twice in one object", "keep one of the two")
+        yield from ((*path, key) for key in value.twice)
     items: Iterable[tuple[str | int, Any]] = value.items() if isinstance(value, _Object) else enumerate(value)
     for place, item in items:
         if isinstance(item, (_Object, list)):
