@@ -11,6 +11,7 @@ import torch
 
 import ds_core
 from ds_core import comm
+from ds_core.engine.config_getters import ConfigGetters
 from ds_core.engine.face import EngineFace
 from ds_core.errors import ConfigError, EngineError, NotBuiltError
 from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
@@ -54,7 +55,7 @@ def micro_step(engine) -> None:
 
 
 def test_the_public_names_are_these():
-    own = {name for name in vars(EngineFace) if not name.startswith("_")}
+    own = {name for name in (*vars(EngineFace), *vars(ConfigGetters)) if not name.startswith("_")}
     assert own == {
         *("optimizer", "basic_optimizer", "lr_scheduler", "config"),
         *("global_steps", "global_samples", "skipped_steps", "micro_steps"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from ds_core import comm
 from ds_core.engine import state
+from ds_core.engine.config_getters import ConfigGetters
 from ds_core.engine.parts import Outcome
 from ds_core.errors import ConfigError, EngineError, NotBuiltError
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["EngineFace"]
 
 
-class EngineFace(nn.Module):
+class EngineFace(ConfigGetters, nn.Module):
     """Everything of ``DeepSpeedEngine`` that only reads or forwards."""
 
     parts: Parts
@@ -214,81 +214,7 @@ class EngineFace(nn.Module):
 
         return precision_report(self)
 
-    # -- configuration ----------------------------------------------------------------------------------------------
-
-    def gradient_clipping(self) -> float:
-        """Return the largest gradient norm, 0 for any: the configuration's, or what was set on the optimizer's face."""
-        return self.parts.clip.max_norm
-
-    def steps_per_print(self) -> int | None:
-        return self._config.steps_per_print
-
-    def fp16_enabled(self) -> bool:
-        return self._config.is_on("fp16")
-
-    def bfloat16_enabled(self) -> bool:
-        return self._config.is_on("bf16")
-
-    def amp_enabled(self) -> bool:
-        """Return False: NVIDIA's Apex is not supported."""
-        return False
-
-    def fp16_auto_cast(self) -> bool:
-        return self._config.fp16.auto_cast
-
-    def torch_autocast_enabled(self) -> bool:
-        return self._config.is_on("torch_autocast")
-
-    def torch_autocast_dtype(self) -> torch.dtype | None:
-        """Return the dtype that forward runs under autocast with; None: it does not."""
-        return self.parts.partition.inputs.plan.autocast
-
-    def loss_scale(self) -> float:
-        """Return the configured scale; 0: it is found while training, see :attr:`cur_scale`."""
-        return self._config.fp16.loss_scale
-
-    def dynamic_loss_scale(self) -> bool:
-        return self._config.fp16.loss_scale == 0
-
-    def initial_dynamic_scale(self) -> int:
-        return self._config.fp16.initial_dynamic_scale()
-
-    def dynamic_loss_scale_args(self) -> dict[str, Any]:
-        """Return the arguments of ``DynamicLossScaler`` as configured."""
-        return self._config.fp16.dynamic_loss_scale_args()
-
-    @property
-    def communication_data_type(self) -> torch.dtype:
-        """The dtype most gradient elements are reduced in."""
-        return self._most("reduce")
-
-    def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
-        """Return (dtype of the model, dtype its gradients accumulate in), of most elements."""
-        return self._most("stored"), self._most("accumulate")
-
-    def _most(self, field: str) -> torch.dtype:
-        numels: Counter[Any] = Counter()
-        for param, dtypes in self.parts.partition.inputs.dtypes.items():
-            numels[getattr(dtypes, field)] += param.numel()
-        return numels.most_common(1)[0][0] if numels else torch.float32
-
-    def zero_optimization_stage(self) -> int:
-        return self._config.zero_optimization.stage
-
-    def zero_optimization(self) -> bool:
-        return self.zero_optimization_stage() > 0
-
-    def zero_optimization_partition_gradients(self) -> bool:
-        return self.zero_optimization_stage() >= 2
-
-    def zero_optimization_partition_weights(self) -> bool:
-        return self.zero_optimization_stage() >= 3
-
-    def optimizer_name(self) -> str | None:
-        """Return the configured name, else the class name of the client's optimizer."""
-        if self._config.optimizer is not None:
-            return self._config.optimizer.type
-        return None if self.basic_optimizer is None else type(self.basic_optimizer).__name__
+    # -- what is at work ------------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, str]:
         """Return what is at work here and what is not: part -> effect, in words (P03b)."""
