@@ -214,7 +214,7 @@ class EngineFace(ConfigGetters, nn.Module):
 
         return precision_report(self)
 
-    # -- what is at work ------------------------------------------------------------------------------------------------
+    # -- what is at work ----------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, str]:
         """Return what is at work here and what is not: part -> effect, in words (P03b)."""
