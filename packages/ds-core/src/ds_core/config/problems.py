@@ -82,7 +82,7 @@ def dotted(path: Path) -> str:
 
 
 def sections_of(model: type[Section]) -> dict[str, type[Section]]:
-    """Return the fields of ``model`` that are sections -> their class."""
+    """Return the fields of ``model`` that are sections, or hold several in a dict or a list -> their class."""
     found = {name: _section_class(info.annotation) for name, info in model.model_fields.items()}
     return {name: section for name, section in found.items() if section is not None}
 
@@ -137,8 +137,17 @@ def _all_sections(model: type[Section], prefix: str) -> list[tuple[str, type[Sec
     return found
 
 
+COLLECTIONS = (dict, list, tuple)
+"""What a field may hold several sections in; their path has one more part, a name of the user's or an index."""
+
+
+def _in_collection(annotation: Any) -> bool:
+    origin = get_origin(annotation)
+    return origin in COLLECTIONS or (origin is not None and any(map(_in_collection, get_args(annotation))))
+
+
 def _section_class(annotation: Any) -> type[Section] | None:
-    if get_origin(annotation) in (Annotated, Union, types.UnionType):
+    if get_origin(annotation) in (Annotated, Union, types.UnionType, *COLLECTIONS):
         return next(filter(None, map(_section_class, get_args(annotation))), None)
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
@@ -190,10 +199,14 @@ def _holder(model: type[Section], location: tuple[str | int, ...]) -> tuple[type
     Both are None where the location leads into a list or a free dict.
     """
     holder = model
-    for part in location[:-1]:
-        section = sections_of(holder).get(holder.fields_by_key().get(str(part), ""))
+    parts = iter(location[:-1])
+    for part in parts:
+        field = holder.fields_by_key().get(str(part), "")
+        section = sections_of(holder).get(field)
         if section is None:
             return None, None
+        if _in_collection(holder.model_fields[field].annotation) and next(parts, None) is None:
+            return None, None  # the last part names an entry, which is no key of ours
         holder = section
     last = location[-1] if location else None
     return (holder, last) if isinstance(last, str) else (None, None)
