@@ -30,15 +30,15 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_section_of_a_plugin() -> None:
     config = load_config({"train_batch_size": 1, "rocket": {"enabled": True, "engines": "2"}})
-    assert config.plugin_sections == {"rocket": RocketSection(enabled=True, engines=2)}
+    assert config._further == {"rocket": RocketSection(enabled=True, engines=2)}
 
 
 def test_null_section_of_a_plugin_is_its_defaults() -> None:
-    assert load_config({"train_batch_size": 1, "rocket": None}).plugin_sections == {"rocket": RocketSection()}
+    assert load_config({"train_batch_size": 1, "rocket": None})._further == {"rocket": RocketSection()}
 
 
 def test_section_of_a_plugin_not_given() -> None:
-    assert load_config({"train_batch_size": 1}).plugin_sections == {}
+    assert load_config({"train_batch_size": 1})._further == {}
 
 
 def test_problems_in_a_section_of_a_plugin() -> None:

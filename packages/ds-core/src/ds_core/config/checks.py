@@ -63,6 +63,35 @@ def _own_partition(config: Config) -> Iterator[Problem]:
         )
 
 
+def _offload_at_stage(config: Config) -> Iterator[Problem]:
+    zero = config.zero_optimization
+    for name, section, stages in (
+        ("offload_optimizer", zero.offload_optimizer, (1, 2, 3)),
+        ("offload_param", zero.offload_param, (3,)),
+    ):
+        if section is None or section.device == "none" or zero.stage in stages:
+            continue
+        needs = "stage 3" if stages == (3,) else "stage 1, 2 or 3"
+        yield Problem.at(
+            ("zero_optimization", name),
+            f"device is {show(section.device)}, which needs ZeRO {needs}, and zero_optimization.stage is {zero.stage}",
+            f'set "stage" to {stages[-1]}, or remove "{name}"',
+            # DeepSpeed ignores it.
+            ignorable=True,
+        )
+
+
+def _files_need_a_folder(config: Config) -> Iterator[Problem]:
+    zero = config.zero_optimization
+    for name, section in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_param)):
+        if section is not None and section.device == "nvme" and not section.nvme_path and zero.stage > 0:
+            yield Problem.at(
+                ("zero_optimization", name, "nvme_path"),
+                'is missing, and device is "nvme"',
+                'add "nvme_path", a folder on a fast disk of every node',
+            )
+
+
 def _offload_ratio(config: Config) -> Iterator[Problem]:
     offload = config.zero_optimization.offload_optimizer
     if offload is not None and offload.ratio < 1 and config.zero_optimization.stage != 3:
@@ -70,6 +99,19 @@ def _offload_ratio(config: Config) -> Iterator[Problem]:
             "zero_optimization.offload_optimizer.ratio",
             f"got {offload.ratio}, below 1 is possible at stage 3 only, not at stage {config.zero_optimization.stage}",
             'set "ratio" to 1, or "stage" to 3',
+        )
+
+
+ONE_BIT = ("onebitadam", "onebitlamb", "zerooneadam")
+
+
+def _no_zero_with_one_bit(config: Config) -> Iterator[Problem]:
+    if config.optimizer is not None and config.optimizer.type.lower() in ONE_BIT and config.zero_optimization.stage > 0:
+        yield Problem.at(
+            ("optimizer", "type"),
+            f"got {show(config.optimizer.type)}, which compresses whole gradients, and zero_optimization.stage is "
+            f"{config.zero_optimization.stage}",
+            'set "stage" to 0, or take another optimizer',
         )
 
 
@@ -105,7 +147,10 @@ def _plugin_names(section_name: str) -> Rule:
 RULES: list[tuple[set[str], Rule]] = [
     *PRECISION_RULES,
     ({"partition", "zero_optimization"}, _own_partition),
+    ({"zero_optimization"}, _offload_at_stage),
+    ({"zero_optimization"}, _files_need_a_folder),
     ({"zero_optimization"}, _offload_ratio),
+    ({"optimizer", "zero_optimization"}, _no_zero_with_one_bit),
     ({"optimizer"}, _no_max_grad_norm),
     ({"checkpoint"}, _plugin_names("checkpoint")),
     ({"precision"}, _plugin_names("precision")),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import AliasChoices, BeforeValidator, Field, PrivateAttr
+from pydantic import BeforeValidator, Field, PrivateAttr
 
 from ds_core.config.problems import raise_problems, validate
-from ds_core.config.section import Count, DtypeName, Int, NotBuilt, Number, PositiveInt, Section, lowered
+from ds_core.config.section import Count, DtypeName, Int, NoEffect, NotBuilt, Number, PositiveInt, Section, lowered
 from ds_core.config.sections.choices import CheckpointSection, ChoiceSection, PartitionSection, PrecisionSection
 from ds_core.config.sections.monitors import CsvMonitorSection
 from ds_core.config.sections.optimizer import OptimizerSection, SchedulerSection
@@ -43,7 +43,6 @@ def _never(value: Any) -> Any:
 
 Steps = Annotated[PositiveInt | None, BeforeValidator(_never)]
 Lowered = BeforeValidator(lowered)
-ONLY_LEGACY = 'which is read only beside the legacy form "zero_optimization": true'
 
 
 class Config(Section):
@@ -51,6 +50,8 @@ class Config(Section):
 
     Keys not given have their defaults, so every attribute is there and has the type declared here.
     """
+
+    source = "spec/core.md 2.2, 2.3"
 
     train_batch_size: PositiveInt
     """Samples of one optimizer step, over all ranks."""
@@ -82,11 +83,13 @@ class Config(Section):
     """The same, with sequence parallelism."""
     sparse_gradients: Annotated[bool, NotBuilt(False)] = False
     """Reduce gradients of embeddings as sparse tensors."""
-    disable_allgather: Annotated[bool, NotBuilt(False)] = False
+    disable_allgather: Annotated[bool, NoEffect("DeepSpeed's engine reads it nowhere either")] = False
     """A switch of older releases."""
-    allgather_size: Annotated[Count, NotBuilt(500_000_000, why=ONLY_LEGACY)] = 500_000_000
+    allgather_size: Annotated[Count, NoEffect('it is read only beside the legacy "zero_optimization": true')] = (
+        500_000_000
+    )
     """Elements gathered at once, where ``zero_optimization`` is the legacy ``true``."""
-    zero_allow_untested_optimizer: bool = False
+    zero_allow_untested_optimizer: Annotated[bool, NoEffect("every optimizer is allowed")] = False
     """Allows any optimizer with ZeRO, which is the rule here."""
     zero_force_ds_cpu_optimizer: bool = True
     """With offload, replace a plain Adam, Adagrad or Lion by its CPU variant."""
@@ -115,9 +118,7 @@ class Config(Section):
     """What is divided among the ranks."""
     fp16: Fp16Section = Field(default_factory=Fp16Section)
     """Half precision with loss scaling."""
-    bf16: Bf16Section = Field(
-        default_factory=Bf16Section, validation_alias=AliasChoices("bf16", "bfloat16"), serialization_alias="bf16"
-    )
+    bf16: Bf16Section = Field(default_factory=Bf16Section)
     """bfloat16 weights and fp32 masters."""
     torch_autocast: TorchAutocastSection = Field(default_factory=TorchAutocastSection)
     """fp32 weights, forward under ``torch.autocast``."""
@@ -133,7 +134,8 @@ class Config(Section):
     """Writes every event to a CSV file."""
 
     _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
-    _plugin_sections: dict[str, Section] = PrivateAttr(default_factory=dict)
+    _further: dict[str, Section] = PrivateAttr(default_factory=dict)
+    _ignored: tuple[str, ...] = PrivateAttr(default=())
     _where: str = PrivateAttr(default="config dict")
 
     @property
@@ -142,9 +144,38 @@ class Config(Section):
         return self._raw
 
     @property
-    def plugin_sections(self) -> Mapping[str, Section]:
-        """Top-level sections of plugins' own (seam ``config``), by key; those not given are absent."""
-        return self._plugin_sections
+    def where(self) -> str:
+        """Where the configuration came from: ``config dict``, ``base64 text``, or the path of a file."""
+        return self._where
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Dotted paths of the keys that compatibility mode dropped."""
+        return self._ignored
+
+    @property
+    def sections(self) -> Mapping[str, Section]:
+        """All sections by their key: those declared here, with defaults for what is not given, and further ones given.
+
+        Further ones are the rarer ones of ``catalog.RARE`` and plugins' own (seam ``config``).
+        """
+        declared = {name: value for name, value in self if isinstance(value, Section)}
+        return {**declared, **self._further}
+
+    def section(self, name: str) -> Section | None:
+        """Return the section called ``name``, all defaults where it was not given; None for an optional one left out.
+
+        >>> from ds_core.config import load_config
+        >>> load_config({"train_batch_size": 1}).section("flops_profiler").profile_step
+        1
+        """
+        found = self.sections.get(name)
+        if found is not None or name in type(self).model_fields:
+            return found
+        from ds_core.config import catalog
+
+        model = catalog.rare_section(name) if name in catalog.RARE else catalog.plugin_section(name)
+        return model.model_validate({})
 
     def is_on(self, name: str) -> bool:
         """Return whether section ``name`` is enabled; a precision also where ``precision.type`` names it."""
@@ -182,10 +213,5 @@ class Config(Section):
 
     @classmethod
     def prepare(cls, data: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Read a section that is null as absent, and the legacy ``zero_optimization: true``."""
-        prepared = {name: value for name, value in super().prepare(data).items() if value is not None}
-        legacy = prepared.get("zero_optimization")
-        if isinstance(legacy, bool):
-            gathered = {"allgather_bucket_size": prepared.pop("allgather_size", 500_000_000)}
-            prepared["zero_optimization"] = {"stage": 1, **gathered} if legacy else {}
-        return prepared
+        """Read a section that is null as absent."""
+        return {name: value for name, value in super().prepare(data).items() if value is not None}

@@ -1,30 +1,62 @@
-"""``load_config``: read, check everything, and raise once."""
+"""``examine`` reads a configuration and finds everything wrong with it; ``load_config`` raises that, once."""
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from ds_core.config import not_built
+from ds_core import log
+from ds_core.config import catalog
 from ds_core.config.batch import BatchSizes, resolve_batch
 from ds_core.config.checks import check, unresolved
 from ds_core.config.config import BatchKeys, Config
-from ds_core.config.problems import Problem, dotted, raise_problems, unknown_key, validate
-from ds_core.config.reading import Document, Source, read
+from ds_core.config.migrate import Renamed, migrate
+from ds_core.config.problems import Problem, placed, raise_problems, unknown_key, validate
+from ds_core.config.reading import Document, Source, copied, read
 from ds_core.config.section import AUTO, Section, show
-from ds_core.errors import ConfigError, PluginError
+from ds_core.errors import ConfigError
 
-__all__ = ["find_problems", "load_config"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ds_core.config.sections.elasticity import ElasticitySection
+
+__all__ = ["COMPATIBLE_VARIABLE", "Examined", "examine", "find_problems", "load_config"]
 
 BATCH = tuple(BatchKeys.model_fields)
+COMPATIBLE_VARIABLE = "DS_CONFIG_COMPATIBLE"
+"""Environment variable that turns compatibility mode on where the caller does not choose: 1, or 0."""
 
 
-def load_config(source: Source, *, dp_world_size: int = 1) -> Config:
+@dataclass(frozen=True)
+class Examined:
+    """A configuration and what was found in it."""
+
+    config: Config
+    """What it says; defaults in place of what has a problem."""
+    problems: tuple[Problem, ...]
+    """Everything wrong with it."""
+    warnings: tuple[Problem, ...]
+    """What compatibility mode dropped, as DeepSpeed would; empty in strict mode."""
+    renamed: tuple[Renamed, ...]
+    """Deprecated keys that were read as others."""
+    document: Document
+    """What was given."""
+    dp_world_size: int | None
+    """Data-parallel ranks that the batch sizes are for; None: they were left open, and ``config`` has 1 for each."""
+
+
+def load_config(source: Source, *, dp_world_size: int = 1, compatible: bool | None = None) -> Config:
     """Return the configuration in ``source``, checked, with its batch sizes resolved.
 
     Args:
         source: a mapping, which is neither kept nor changed; the path of a JSON or HJSON file; or urlsafe base64 of
             such text.
         dp_world_size: data-parallel ranks, for the batch sizes.
+        compatible: drop keys that DeepSpeed ignores, with one warning each, instead of refusing them; None: as the
+            environment variable ``DS_CONFIG_COMPATIBLE`` says, else False.
 
     Raises:
         ConfigError: lists everything that is wrong.
@@ -32,20 +64,23 @@ def load_config(source: Source, *, dp_world_size: int = 1) -> Config:
     >>> load_config({"train_batch_size": 8}, dp_world_size=2).train_micro_batch_size_per_gpu
     4
     """
-    document = read(source)
-    config, problems = _load(document.raw, dp_world_size)
-    raise_problems([*_given_twice(document), *problems], where=document.where)
-    config._raw, config._where = document.raw, document.where
-    return config
+    examined = examine(source, dp_world_size=dp_world_size, compatible=compatible)
+    raise_problems(examined.problems, where=examined.document.where)
+    for renamed in examined.renamed:
+        log.log_dist(str(renamed), level=logging.WARNING)
+    for problem in examined.warnings:
+        log.log_dist(f"ignored, as DeepSpeed does: {problem}", level=logging.WARNING)
+    return examined.config
 
 
-def find_problems(source: Source, *, dp_world_size: int | None = None) -> list[Problem]:
+def find_problems(source: Source, *, dp_world_size: int | None = None, compatible: bool | None = None) -> list[Problem]:
     """Return what is wrong with the configuration in ``source``, an empty list if nothing is.
 
     Args:
         source: as for :func:`load_config`.
         dp_world_size: data-parallel ranks. None leaves out what only a run needs: batch sizes that fit together, and
             values in place of ``"auto"``.
+        compatible: as for :func:`load_config`.
 
     Raises:
         ConfigError: ``source`` cannot be read at all.
@@ -53,50 +88,102 @@ def find_problems(source: Source, *, dp_world_size: int | None = None) -> list[P
     >>> [problem.path for problem in find_problems({"fp16": {"enabld": True}})]
     ['fp16.enabld']
     """
+    return list(examine(source, dp_world_size=dp_world_size, compatible=compatible).problems)
+
+
+def examine(source: Source, *, dp_world_size: int | None = None, compatible: bool | None = None) -> Examined:
+    """Return the configuration in ``source`` and everything found in it; arguments as for :func:`find_problems`.
+
+    Raises:
+        ConfigError: ``source`` cannot be read at all.
+    """
+    is_compatible = _from_environment() if compatible is None else compatible
     document = read(source)
-    return [*_given_twice(document), *_load(document.raw, dp_world_size)[1]]
+    twice = [Problem.at(keys, "is given twice in one object", "keep one of the two") for keys in document.twice]
+    raw, renamed, problems = migrate(document.raw)
+    config, found = _check(raw, dp_world_size)
+    warnings: list[Problem] = []
+    # Dropping a key can uncover another: a section whose keys are all dropped, a rule that runs on valid sections only.
+    while is_compatible and (ignored := [problem for problem in found if problem.ignorable]):
+        warnings += ignored
+        raw = _without(raw, ignored, document.where)
+        config, found = _check(raw, dp_world_size)
+    written = {row.new: row.old for row in renamed if row.new is not None}
+    config._raw, config._where = document.raw, document.where
+    config._ignored = tuple(problem.path for problem in warnings)
+    return Examined(
+        config,
+        tuple(placed(problem, document, written) for problem in (*twice, *problems, *found)),
+        tuple(placed(problem, document, written) for problem in warnings),
+        tuple(renamed),
+        document,
+        dp_world_size,
+    )
 
 
-def _given_twice(document: Document) -> list[Problem]:
-    return [Problem(dotted(keys), "is given twice in one object", "keep one of the two") for keys in document.twice]
+def _from_environment() -> bool:
+    value = os.environ.get(COMPATIBLE_VARIABLE, "")
+    if value.lower() in ("1", "true", "yes", "on"):
+        return True
+    if value.lower() in ("", "0", "false", "no", "off"):
+        return False
+    raise ConfigError(
+        f"got {value!r}, allowed are 1 and 0",
+        where=f"environment variable {COMPATIBLE_VARIABLE}",
+        fix="set it to 1 for compatibility mode, or unset it",
+    )
 
 
-def _load(raw: dict[str, Any], dp_world_size: int | None) -> tuple[Config, list[Problem]]:
+def _without(raw: dict[str, Any], problems: Iterable[Problem], where: str) -> dict[str, Any]:
+    """Return ``raw`` without the keys of ``problems``."""
+    left = copied(raw, where=where)
+    for problem in problems:
+        holder: Any = left
+        for key in problem.keys[:-1]:
+            holder = holder[key]
+        del holder[problem.keys[-1]]
+    return left
+
+
+def _check(raw: dict[str, Any], dp_world_size: int | None) -> tuple[Config, list[Problem]]:
     """Return the configuration in ``raw`` and its problems; with problems, parts of it are defaults."""
-    known, plugins, problems = _sorted_out(raw)
-    batch, batch_problems = _batch({key: known.pop(key) for key in BATCH if key in known}, dp_world_size)
+    known, further, problems = _sorted_out(raw)
+    given = {key: known.pop(key) for key in BATCH if key in known}
+    batch, batch_problems = _batch(given, further.get("elasticity"), dp_world_size)
     problems += batch_problems
     sizes = dict(zip(BATCH, (batch.train, batch.micro, batch.accumulation), strict=True))
     config, section_problems = validate(Config, {**known, **sizes})
     problems += section_problems
-    invalid: set[str] = set()
+    invalid: set[str] = {str(problem.keys[0]) for problem in problems if problem.keys}
     if config is None:
         # The rest must still be seen together, so what is wrong by itself gives way to its default.
         good = {key: value for key, value in known.items() if validate(Config, {key: value, **sizes})[0] is not None}
-        invalid = {Config.fields_by_key().get(key, key) for key in known.keys() - good.keys()}
+        invalid |= {Config.fields_by_key().get(key, key) for key in known.keys() - good.keys()}
         config, _ = validate(Config, {**good, **sizes})
         if config is None:  # two names of one section, each valid by itself
             return Config.model_validate(sizes), problems
+    config._further = further
     problems += check(config, invalid)
     if dp_world_size is not None:
         problems += unresolved(config)
-    config._plugin_sections = plugins
     return config, problems
 
 
 def _sorted_out(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Section], list[Problem]]:
-    """Return the keys that ``Config`` has, the checked sections of plugins, and the problems of all other keys."""
+    """Return the keys that ``Config`` has, the checked sections it has not, and the problems of all other keys."""
     known: dict[str, Any] = {}
     foreign: dict[str, Any] = {}
-    plugins: dict[str, Section] = {}
+    further: dict[str, Section] = {}
     problems: list[Problem] = []
     for key, value in raw.items():
         if not isinstance(key, str):
             problems.append(Problem(str(key), f"a key must be text, got {show(key)}", f'write it as "{key}"'))
         elif key in Config.fields_by_key():
             known[key] = value
-        elif key in not_built.SECTIONS:
-            problems += _not_built(key, value)
+        elif key in catalog.RARE:
+            section, found = _section(catalog.rare_section(key), key, value)
+            problems += found
+            further |= {key: section} if section is not None else {}
         else:
             foreign[key] = value
     if foreign:
@@ -105,53 +192,74 @@ def _sorted_out(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Section]
         own = registry.names("config")
         for key, value in foreign.items():
             if key not in own:
-                problems.append(unknown_key(Config, (key,), value, others=(*not_built.SECTIONS, *own)))
+                problems.append(unknown_key(Config, (key,), value, others=(*catalog.RARE, *own)))
                 continue
-            section, found = validate(_plugin_class(key), {} if value is None else value, path=(key,))
+            section, found = _section(catalog.plugin_section(key), key, value)
             problems += found
-            plugins |= {key: section} if section is not None else {}
-    return known, plugins, problems
+            further |= {key: section} if section is not None else {}
+    return known, further, problems
 
 
-def _not_built(name: str, value: Any) -> list[Problem]:
-    if not_built.is_off(name, value):
-        return []
-    fix = f'remove "{name}"'
-    if isinstance(value, dict) and "enabled" in value:
-        fix += ', or set its "enabled" to false'
-    package, _ = not_built.SECTIONS[name]
-    return [Problem(name, f"this section is not built yet; it comes with a later release of {package}", fix)]
+def _section(model: type[Section], name: str, value: Any) -> tuple[Section | None, list[Problem]]:
+    section, problems = validate(model, {} if value is None or value == AUTO else value, path=(name,))
+    if section is not None and section.comes_with and section.is_on() and not _is_carried_out(name):
+        fix = f'remove "{name}"'
+        if "enabled" in model.model_fields:
+            fix += ', or set its "enabled" to false'
+        text = f"this section is not built yet; it comes with a later release of {section.comes_with}"
+        problems.append(Problem.at((name,), text, fix))
+    return section, problems
 
 
-def _plugin_class(name: str) -> type[Section]:
+def _is_carried_out(name: str) -> bool:
     from ds_core import registry
 
-    found = registry.load("config", name)
-    if not (isinstance(found, type) and issubclass(found, Section)):
-        raise PluginError(
-            f"the class of a section must derive from ds_core.config.Section, got {found!r}",
-            where=f"entry point {name!r} of group 'ds_core.config'",
-            fix="report it to the package's authors",
-        )
-    return found
+    # A monitor is called like its section; a stranger may have written the one that we have not.
+    return name in registry.names("monitor")
 
 
-def _batch(given: dict[str, Any], dp_world_size: int | None) -> tuple[BatchSizes, list[Problem]]:
+def _batch(
+    given: dict[str, Any], elasticity: Section | None, dp_world_size: int | None
+) -> tuple[BatchSizes, list[Problem]]:
     """Return the resolved sizes; where they are not asked for or wrong, sizes that only fill the place."""
     filler = BatchSizes(1, 1, 1, 1)
     keys, problems = validate(BatchKeys, given)
+    if elasticity is not None and elasticity.is_on():
+        sizes, found = _elastic(given, elasticity, dp_world_size)  # type: ignore[arg-type]
+        return sizes or filler, problems + found
     if dp_world_size is None:
         return filler, problems
     problems += [
-        Problem(dotted((key,)), '"auto" was not replaced by a value', "give a number")
+        Problem.at((key,), '"auto" was not replaced by a value', "give a number")
         for key, value in given.items()
         if value == AUTO
     ]
     if keys is None or problems:
         return filler, problems
     try:
-        sizes = keys.train_batch_size, keys.train_micro_batch_size_per_gpu, keys.gradient_accumulation_steps
-        return resolve_batch(*sizes, dp_world_size), []
+        return resolve_batch(*(getattr(keys, name) for name in BATCH), dp_world_size), []
     except ConfigError as error:
         path, _, text = error.what.partition(": ")
-        return filler, [Problem(path, text, error.fix)]
+        return filler, [Problem.at((path,), text, error.fix)]
+
+
+def _elastic(
+    given: dict[str, Any], section: ElasticitySection, dp_world_size: int | None
+) -> tuple[BatchSizes | None, list[Problem]]:
+    """Return the sizes that ``elasticity`` chooses, where it can."""
+    from ds_core.config.elastic import ElasticityError, check_scheduler, elastic_sizes
+
+    problems = check_scheduler(section, os.environ)
+    if not section.ignore_non_elastic_batch_info:
+        fix = 'remove it, or set "ignore_non_elastic_batch_info" of "elasticity" to true'
+        problems += [
+            Problem.at((key,), f"got {show(value)}, but elasticity.enabled is true and chooses the batch sizes", fix)
+            for key, value in given.items()
+        ]
+    try:
+        plan = elastic_sizes(section, dp_world_size)
+    except ElasticityError as error:
+        return None, [*problems, Problem.at(("elasticity",), error.what, error.fix)]
+    if plan.micro is None or plan.accumulation is None or dp_world_size is None:
+        return None, problems
+    return BatchSizes(plan.train, plan.micro, plan.accumulation, dp_world_size), problems

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
@@ -12,11 +12,13 @@ from ds_core.config.section import Section, show
 from ds_core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from pydantic_core import ErrorDetails
 
-__all__ = ["Problem", "dotted", "owners", "raise_problems", "sections_of", "unknown_key", "validate"]
+    from ds_core.config.reading import Document
+
+__all__ = ["Path", "Problem", "dotted", "owners", "placed", "raise_problems", "sections_of", "unknown_key", "validate"]
 
 S = TypeVar("S", bound=Section)
 Path = tuple[Union[str, int], ...]  # noqa: UP007 - evaluated, and 3.10 cannot hash the new form in a tuple
@@ -35,6 +37,38 @@ class Problem:
     """What was received and what is allowed."""
     fix: str | None = None
     """What to do about it, where that is known."""
+    keys: Path = ()
+    """The same path as keys and indexes; empty where it is no key of the configuration."""
+    ignorable: bool = False
+    """Whether DeepSpeed ignores the key: compatibility mode drops it with a warning."""
+    place: tuple[int, int] | None = None
+    """Line and column in the file, where there is one."""
+
+    @classmethod
+    def at(cls, keys: Path, text: str, fix: str | None = None, *, ignorable: bool = False) -> Problem:
+        """Return a problem of the key at ``keys``."""
+        return cls(dotted(keys), text, fix, keys, ignorable)
+
+    def __str__(self) -> str:
+        at = "" if self.place is None else " (line {}, column {})".format(*self.place)
+        return f"{self.path}{at}: {self.text}"
+
+
+def placed(problem: Problem, document: Document, renamed: Mapping[Path, Path]) -> Problem:
+    """Return ``problem`` with its line and column in ``document``: its key's, or those of the section that holds it.
+
+    Args:
+        problem: what was found.
+        document: where it was found.
+        renamed: where a deprecated key is read -> where it was written.
+    """
+    keys = problem.keys or tuple(problem.path.split("."))
+    for length in range(len(keys), 0, -1):
+        written = renamed.get(keys[:length], keys[:length])
+        place = document.position(written)
+        if place is not None:
+            return replace(problem, place=place)
+    return problem
 
 
 def raise_problems(problems: Sequence[Problem], *, where: str) -> None:
@@ -43,10 +77,11 @@ def raise_problems(problems: Sequence[Problem], *, where: str) -> None:
         return
     if len(problems) == 1:
         only = problems[0]
-        raise ConfigError(f"{only.path}: {only.text}", where=where, fix=only.fix)
+        place = "" if only.place is None else ", line {}, column {}".format(*only.place)
+        raise ConfigError(f"{only.path}: {only.text}", where=where + place, fix=only.fix)
     lines = [f"{len(problems)} problems in the configuration"]
     for problem in problems:
-        lines.append(f"  {problem.path}: {problem.text}")
+        lines.append(f"  {problem}")
         if problem.fix:
             lines.append(f"    fix: {problem.fix}")
     raise ConfigError("\n".join(lines), where=where)
@@ -98,19 +133,28 @@ def unknown_key(model: type[Section], path: Path, value: Any, *, others: Iterabl
     """
     key = str(path[-1])
     keys = [*model.fields_by_key(), *others]
-    homes = owners(key) if model.__module__.startswith("ds_core.") else []
+    homes = owners(key) if model.__module__.startswith("ds_core.config.") else []
     close = nearest(key, keys)
     if homes and not (len(path) == 1 and "" in homes):
         fix = "it belongs " + " or ".join(f'under "{home}"' if home else "at the top level" for home in homes)
+    elif "." in key:
+        fix = f"dots do not nest: write {_nested_key(key.split('.'), value)}"
+    elif key.startswith("_"):
+        fix = "write it as a comment (# ...), which HJSON allows, or remove it"
     elif close:
         fix = f'did you mean "{close}"?'
-    elif "." in key:
-        fix = f"write {' '.join(f'{part}: {{' for part in key.split('.')[:-1])} ... }}: dots do not nest"
     elif keys and len(keys) <= MANY_KEYS:
         fix = f"allowed are {', '.join(sorted(keys))}"
     else:
         fix = "remove it"
-    return Problem(dotted(path), f"unknown key (its value is {show(value)})", fix)
+    return Problem.at(path, f"unknown key (its value is {show(value)})", fix, ignorable=True)
+
+
+def _nested_key(parts: Sequence[str], value: Any) -> str:
+    inner = show(value)
+    for part in reversed(parts[1:]):
+        inner = f'{{"{part}": {inner}}}'
+    return f'"{parts[0]}": {inner}'
 
 
 IN_PARAMS = {
@@ -121,19 +165,22 @@ IN_PARAMS = {
 
 def owners(key: str) -> list[str]:
     """Return the sections that do have ``key``, "" for the top level; none where more than three would be named."""
-    from ds_core.config.config import Config  # the tables of all sections are above this module
+    from ds_core.config.catalog import all_sections  # the tables of all sections are above this module
+    from ds_core.config.config import Config
 
     found = [""] if key in Config.fields_by_key() else []
-    found += [path for path, section in _all_sections(Config, "") if key in section.fields_by_key()]
+    for name, section in all_sections().items():
+        found += [path for path, inner in _nested(section, name) if key in inner.fields_by_key()]
     found = found or [IN_PARAMS[key]] if key in IN_PARAMS else found
     return found if len(found) <= 3 else []
 
 
-def _all_sections(model: type[Section], prefix: str) -> list[tuple[str, type[Section]]]:
-    found = []
+def _nested(model: type[Section], path: str) -> list[tuple[str, type[Section]]]:
+    """Return ``model`` and the sections inside it, each with its dotted path."""
+    found = [(path, model)]
     for name, section in sections_of(model).items():
-        found.append((prefix + name, section))
-        found += _all_sections(section, f"{prefix}{name}.")
+        each = ".*" if _in_collection(model.model_fields[name].annotation) else ""
+        found += _nested(section, f"{path}.{name}{each}")
     return found
 
 
@@ -160,9 +207,9 @@ def _problem(model: type[Section], details: ErrorDetails, path: Path, data: Any)
     # pydantic reports what its validators made of the value; people look for what they wrote.
     value = _at(data, location, details["input"])
     if kind == "invalid_key":
-        return Problem(dotted((*full[:-1], str(full[-1]))), "a key must be text", 'put it in quotes: "..."')
+        return Problem.at((*full[:-1], str(full[-1])), "a key must be text", 'put it in quotes: "..."')
     if holder is not None and key is not None and key not in holder.fields_by_key():
-        return _deprecated_problem(holder, key, full, value) or unknown_key(holder, full, value)
+        return unknown_key(holder, full, value)
     if kind == "extra_forbidden" and holder is not None and key is not None:
         beside = _at(data, location[:-1], {})
         others = [
@@ -171,9 +218,9 @@ def _problem(model: type[Section], details: ErrorDetails, path: Path, data: Any)
             if field == holder.fields_by_key()[key] and name in beside
         ]
         same = " and ".join(f'"{name}"' for name in others if name != key)
-        return Problem(dotted(full), f"{same}, given too, means the same", "keep one of the two")
+        return Problem.at(full, f"{same}, given too, means the same", "keep one of the two")
     if kind == "missing":
-        return Problem(dotted(full), "is missing", f'add "{location[-1]}"' if location else None)
+        return Problem.at(full, "is missing", f'add "{location[-1]}"' if location else None)
     expected = _expected(kind, context, holder, key) or details["msg"][:1].lower() + details["msg"][1:]
     fix = None
     if kind == "literal_error" and isinstance(value, str):
@@ -181,7 +228,7 @@ def _problem(model: type[Section], details: ErrorDetails, path: Path, data: Any)
         fix = f'did you mean "{close}"?' if close else None
     elif kind == "not_built":
         fix = "remove it"
-    return Problem(dotted(full) or "the configuration", f"got {show(value)}, {expected}", fix)
+    return Problem(dotted(full) or "the configuration", f"got {show(value)}, {expected}", fix, full)
 
 
 def _at(data: Any, location: Path, default: Any) -> Any:
@@ -210,17 +257,6 @@ def _holder(model: type[Section], location: tuple[str | int, ...]) -> tuple[type
         holder = section
     last = location[-1] if location else None
     return (holder, last) if isinstance(last, str) else (None, None)
-
-
-def _deprecated_problem(holder: type[Section], key: str, path: Path, value: Any) -> Problem | None:
-    """Return what is wrong with a deprecated key that ``holder`` could not rewrite, or None for any other key."""
-    from ds_core.config.sections.zero import DEPRECATED, ZeroSection
-
-    if holder is not ZeroSection or key not in DEPRECATED:
-        return None
-    if isinstance(value, bool):
-        return Problem(dotted(path), f"its replacement, {DEPRECATED[key]}, is given too", "remove the old key")
-    return Problem(dotted(path), f"got {show(value)}, must be true or false", f"write {DEPRECATED[key]} instead")
 
 
 PLAIN = {

@@ -110,7 +110,7 @@ def _load(config: Config, seam: str, name: str, needed_by: str) -> Any:
 
 
 def _monitors(config: Config) -> list[tuple[type[Monitor], Section]]:
-    sections = {**dict(config), **config.plugin_sections}
+    sections = config.sections
     return [
         (registry.load("monitor", name, needed_by=f"{name}.enabled"), sections[name])
         for name in registry.names("monitor")

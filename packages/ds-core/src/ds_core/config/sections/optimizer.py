@@ -21,6 +21,8 @@ Params = Annotated[dict[str, Any], BeforeValidator(_no_null)]
 class OptimizerSection(Section):
     """Which optimizer updates the weights; without it the caller brings one."""
 
+    source = "spec/core.md 2.4, 3.4"
+
     type: Annotated[str, Field(min_length=1)]
     """Name of an optimizer: an entry of ``ds_core.optimizer``, or a class of ``torch.optim``."""
     params: Params = Field(default_factory=dict)
@@ -31,6 +33,8 @@ class OptimizerSection(Section):
 
 class SchedulerSection(Section):
     """Which schedule moves the learning rate; without it the rate stays, or the caller brings a scheduler."""
+
+    source = "spec/core.md 2.4, 4"
 
     type: Annotated[str, Field(min_length=1)]
     """Name of a schedule: an entry of ``ds_core.scheduler``, or a class of ``torch.optim.lr_scheduler``."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from ds_core.config.section import Count, DtypeName, Int, Number, PositiveInt, Section, key
+from ds_core.config.section import Count, DtypeName, Int, Number, PositiveInt, Section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,6 +17,8 @@ __all__ = ["Bf16Section", "DataTypesSection", "Fp16Section", "TorchAutocastSecti
 
 class Fp16Section(Section):
     """Half precision with loss scaling."""
+
+    source = "spec/core.md 2.5, spec/fp16.md 1.1"
 
     enabled: bool = False
     """Train in fp16."""
@@ -63,13 +65,15 @@ class Fp16Section(Section):
 class Bf16Section(Section):
     """bfloat16 weights and fp32 masters; needs no loss scaling."""
 
+    source = "spec/core.md 2.6, spec/fp16.md 1.2"
+
     enabled: bool = False
     """Train in bf16."""
     auto_cast: bool = False
     """Cast floating-point inputs of forward to bf16, as ``fp16.auto_cast`` does; DeepSpeed has no such key here."""
     immediate_grad_update: bool = False
     """Accepted: each gradient is added to the accumulated one as soon as autograd made it, in any case."""
-    check_grad_overflow: bool = key("check_grad_overflow", "check_overflow", default=True)
+    check_grad_overflow: bool = True
     """Skip a step whose gradients hold inf or NaN."""
     bf16_master_weights_and_grads: bool = False
     """Master weights and gradients in bf16; ZeRO only."""
@@ -85,6 +89,8 @@ def _dotted(name: str) -> str:
 
 class TorchAutocastSection(Section):
     """fp32 weights, forward under ``torch.autocast``."""
+
+    source = "spec/core.md 2.7"
 
     enabled: bool = False
     """Run forward under autocast."""
@@ -109,6 +115,8 @@ class TorchAutocastSection(Section):
 
 class DataTypesSection(Section):
     """Dtypes that hold whatever the precision is."""
+
+    source = "spec/core.md 2.7"
 
     grad_accum_dtype: DtypeName | None = None
     """Dtype in which gradients are summed over micro-batches; null is that of the weights."""

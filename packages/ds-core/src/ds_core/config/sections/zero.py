@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ds_core.config.section import AUTO, Count, Fraction, Int, NotBuilt, PositiveInt, Section, key
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from ds_core.config.section import Count, Fraction, Int, NotBuilt, PositiveInt, Section, key
 
 __all__ = [
     "LeafModuleSection",
@@ -135,6 +132,8 @@ class LeafModuleSection(Section):
 class ZeroSection(Section):
     """Which of optimizer state, gradients and parameters are divided among the ranks, and how."""
 
+    source = "spec/core.md 2.8, spec/zero.md 2"
+
     stage: Annotated[Int, Field(ge=0, le=3)] = 0
     """0: nothing is divided; 1: optimizer state; 2: and gradients; 3: and parameters."""
     contiguous_gradients: bool = True
@@ -173,9 +172,7 @@ class ZeroSection(Section):
     """Elements that may be gathered at one time."""
     max_reuse_distance: Count = key("stage3_max_reuse_distance", default=1_000_000_000)
     """A parameter used again within this many elements is kept gathered."""
-    gather_16bit_weights_on_model_save: bool = key(
-        "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save", default=False
-    )
+    gather_16bit_weights_on_model_save: bool = key("stage3_gather_16bit_weights_on_model_save", default=False)
     """``save_16bit_model`` may gather the whole model."""
     module_granularity_threshold: Count = key("stage3_module_granularity_threshold", default=0)
     """Modules with fewer elements per layer are gathered as one; 0 for none."""
@@ -218,18 +215,8 @@ class ZeroSection(Section):
     leaf_module: LeafModuleSection = Field(default_factory=LeafModuleSection)
     """Modules whose parameters are gathered together."""
 
-    @classmethod
-    def prepare(cls, data: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Rewrite the deprecated switches; one that contradicts its replacement stays, and is refused as unknown."""
-        prepared = super().prepare(data)
-        for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
-            value = prepared.get(old)
-            if value == AUTO or (isinstance(value, bool) and prepared.get(new) is None):
-                del prepared[old]
-                prepared |= {new: {"device": "cpu"}} if value is True else {}
-        if isinstance(prepared.get("cpu_offload_use_pin_memory"), bool):
-            del prepared["cpu_offload_use_pin_memory"]
-        return prepared
+    def is_on(self) -> bool:
+        return self.stage > 0
 
     @model_validator(mode="after")
     def _derive(self) -> ZeroSection:
@@ -237,12 +224,3 @@ class ZeroSection(Section):
             # Straight into __dict__: the section is frozen, and the key must not count as given by the user.
             self.__dict__["overlap_comm"] = self.stage == 3
         return self
-
-
-DEPRECATED = {
-    "cpu_offload": '"offload_optimizer": {"device": "cpu"}',
-    "cpu_offload_param": '"offload_param": {"device": "cpu"}',
-    "cpu_offload_use_pin_memory": '"pin_memory" in an offload section',
-    "stage3_gather_fp16_weights_on_model_save": '"stage3_gather_16bit_weights_on_model_save"',
-}
-"""Old keys of ``zero_optimization`` that are still read -> what to write instead."""
