@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError, core_schema
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler
+    from pydantic.fields import FieldInfo
 
 __all__ = [
     "AUTO",
@@ -31,6 +32,7 @@ __all__ = [
     "Number",
     "PositiveInt",
     "Section",
+    "is_auto",
     "key",
     "lowered",
     "show",
@@ -38,6 +40,11 @@ __all__ = [
 
 AUTO = "auto"
 """The value that means "the default" wherever there is one."""
+
+
+def is_auto(value: Any, field: FieldInfo | None) -> bool:
+    """Return whether ``value`` stands for the default of ``field``: it is ``"auto"``, and there is a default."""
+    return isinstance(value, str) and value == AUTO and field is not None and not field.is_required()
 
 
 class Section(BaseModel):
@@ -126,7 +133,7 @@ class Section(BaseModel):
         prepared = {}
         for name, value in data.items():
             field = cls.fields_by_key().get(name)
-            if isinstance(value, str) and value == AUTO and field and not cls.model_fields[field].is_required():
+            if is_auto(value, cls.model_fields.get(field or "")):
                 continue
             prepared[name] = value.value if isinstance(value, Enum) else value
         return prepared
