@@ -56,6 +56,7 @@ ENTRY_POINTS = {
     ("ds_core.accelerator", "cuda"),
     ("ds_core.activation", "torch"),
     ("ds_core.checkpoint", "plain"),
+    ("ds_core.cli", "config"),
     ("ds_core.cli", "report"),
     ("ds_core.engine", "plain"),
     ("ds_core.monitor", "csv_monitor"),

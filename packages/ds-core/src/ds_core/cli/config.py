@@ -1,0 +1,150 @@
+"""``ds config``: check a configuration, explain it, and what editors and old files need. Loads no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ds_core.config.loading import Examined
+    from ds_core.config.problems import Problem
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Check and explain configurations; no model, no GPU and no torch is needed.",
+)
+
+World = Annotated[
+    int | None,
+    typer.Option("--world", min=1, metavar="N", help="Data-parallel ranks, for the batch sizes; else they stay open."),
+]
+Compatible = Annotated[
+    bool | None,
+    typer.Option(
+        "--compatible/--strict",
+        help="Drop keys that DeepSpeed ignores with a warning; default: as DS_CONFIG_COMPATIBLE says, else strict.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the same as JSON.")]
+
+
+@app.callback()
+def _several_commands() -> None:
+    """Without it an application with one command would be that command."""
+
+
+@app.command()
+def check(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="JSON or HJSON.")],
+    world: World = None,
+    compatible: Compatible = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is wrong with each file, all at once, with line and column. Exits with 1 if anything is."""
+    results = [_checked(file, world, compatible) for file in files]
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(results, indent=2))
+    else:
+        for result in results:
+            _print_check(result)
+    raise typer.Exit(0 if all(result["ok"] for result in results) else 1)
+
+
+def _checked(file: str, world: int | None, compatible: bool | None) -> dict[str, Any]:
+    """Return what was found in ``file`` as JSON can hold it."""
+    from ds_core.config.loading import examine
+    from ds_core.errors import ConfigError
+
+    try:
+        examined = examine(file, dp_world_size=world, compatible=compatible)
+    except ConfigError as error:
+        # One file that cannot be read must not hide what is wrong with the others.
+        problem = {"path": "", "text": error.what, "fix": error.fix, "line": None, "column": None}
+        return {"file": file, "ok": False, "is": None, "problems": [problem], "warnings": [], "deprecated": []}
+    return {
+        "file": file,
+        "ok": not examined.problems,
+        "is": None if examined.problems else _summary(examined),
+        **_findings(examined),
+    }
+
+
+def _findings(examined: Examined) -> dict[str, Any]:
+    """Return problems, what compatibility mode dropped, and deprecated keys, in the order of the file."""
+    return {
+        "problems": _in_order([_as_dict(problem) for problem in examined.problems]),
+        "warnings": _in_order([_as_dict(problem) for problem in examined.warnings]),
+        "deprecated": _in_order(
+            [
+                {"path": _dotted(row.old), "text": row.text, **_place(examined.document.position(row.old))}
+                for row in examined.renamed
+            ]
+        ),
+    }
+
+
+def _as_dict(problem: Problem) -> dict[str, Any]:
+    return {"path": problem.path, "text": problem.text, "fix": problem.fix, **_place(problem.place)}
+
+
+def _place(place: tuple[int, int] | None) -> dict[str, int | None]:
+    line, column = place or (None, None)
+    return {"line": line, "column": column}
+
+
+def _in_order(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(found, key=lambda entry: (entry["line"] or 0, entry["column"] or 0))
+
+
+def _dotted(keys: tuple[str | int, ...]) -> str:
+    from ds_core.config.problems import dotted
+
+    return dotted(keys)
+
+
+def _summary(examined: Examined) -> str:
+    """Return what the configuration is, in one line.
+
+    >>> from ds_core.config.loading import examine
+    >>> _summary(examine({"train_batch_size": 8, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}))
+    'ZeRO stage 2, bf16, no optimizer'
+    """
+    config = examined.config
+    partition = config.partition.type or f"ZeRO stage {config.zero_optimization.stage}"
+    precision = config.precision.type or next(filter(config.enables, ("fp16", "bf16", "torch_autocast")), "fp32")
+    words = [partition, precision, config.optimizer.type if config.optimizer else "no optimizer"]
+    if config.scheduler is not None:
+        words.append(config.scheduler.type)
+    if examined.dp_world_size is not None:
+        sizes = (config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps, examined.dp_world_size)
+        words.append(f"batch {config.train_batch_size} = {' x '.join(map(str, sizes))}")
+    return ", ".join(words)
+
+
+def _print_check(result: dict[str, Any]) -> None:
+    for problem in result["problems"]:
+        _print_finding(result["file"], problem)
+    for warning in result["warnings"]:
+        _print_finding(result["file"], {**warning, "fix": None}, "ignored, as DeepSpeed does: ")
+    for old in result["deprecated"]:
+        _print_finding(result["file"], {**old, "text": f"is deprecated: {old['text']}", "fix": None})
+    if result["ok"]:
+        typer.echo(f"{result['file']}: ok: {result['is']}")
+    elif len(result["problems"]) > 1:
+        typer.echo(f"{result['file']}: {len(result['problems'])} problems")
+
+
+def _print_finding(file: str, finding: dict[str, Any], before: str = "") -> None:
+    # file:line:column is what editors and terminals make a link of.
+    where = file if finding["line"] is None else f"{file}:{finding['line']}:{finding['column']}"
+    path = f"{finding['path']}: " if finding["path"] else ""
+    typer.echo(f"{where}: {before}{path}{finding['text']}")
+    if finding["fix"]:
+        typer.echo(f"  fix: {finding['fix']}")
