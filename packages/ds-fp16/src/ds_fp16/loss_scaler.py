@@ -288,7 +288,7 @@ def get_loss_scaler(config: Config) -> LossScalerBase:
         ConfigError: a setting is out of range.
     """
     section = config.fp16
-    if not config.is_on("fp16"):
+    if not config.enables("fp16"):
         return LossScaler(1.0)
     if section.loss_scale > 0:
         return CreateLossScaler(torch.float16, section.loss_scale, False, None)

@@ -41,6 +41,11 @@ def _never(value: Any) -> Any:
     return None if is_infinite else value
 
 
+def _offloads_nothing(config: Config) -> bool:
+    offload = config.zero_optimization.offload_optimizer
+    return offload is None or offload.device == "none" or config.zero_optimization.stage == 0
+
+
 Steps = Annotated[PositiveInt | None, BeforeValidator(_never)]
 Lowered = BeforeValidator(lowered)
 
@@ -91,7 +96,7 @@ class Config(Section):
     """Elements gathered at once, where ``zero_optimization`` is the legacy ``true``."""
     zero_allow_untested_optimizer: Annotated[bool, NoEffect("every optimizer is allowed")] = False
     """Allows any optimizer with ZeRO, which is the rule here."""
-    zero_force_ds_cpu_optimizer: bool = True
+    zero_force_ds_cpu_optimizer: Annotated[bool, NoEffect("nothing is offloaded", when=_offloads_nothing)] = True
     """With offload, replace a plain Adam, Adagrad or Lion by its CPU variant."""
     wall_clock_breakdown: Annotated[bool, NotBuilt(False)] = False
     """Log the time of forward, backward and step."""
@@ -177,7 +182,7 @@ class Config(Section):
         model = catalog.rare_section(name) if name in catalog.RARE else catalog.plugin_section(name)
         return model.model_validate({})
 
-    def is_on(self, name: str) -> bool:
+    def enables(self, name: str) -> bool:
         """Return whether section ``name`` is enabled; a precision also where ``precision.type`` names it."""
         return bool(getattr(self, name).enabled) or self.precision.type == name
 

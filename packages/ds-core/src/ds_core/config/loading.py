@@ -29,6 +29,9 @@ BATCH = tuple(BatchKeys.model_fields)
 COMPATIBLE_VARIABLE = "DS_CONFIG_COMPATIBLE"
 """Environment variable that turns compatibility mode on where the caller does not choose: 1, or 0."""
 
+SCHEMA_KEY = "$schema"
+"""The key in which a file names its JSON Schema, for editors."""
+
 
 @dataclass(frozen=True)
 class Examined:
@@ -178,6 +181,8 @@ def _sorted_out(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Section]
     for key, value in raw.items():
         if not isinstance(key, str):
             problems.append(Problem(str(key), f"a key must be text, got {show(key)}", f'write it as "{key}"'))
+        elif key == SCHEMA_KEY:
+            continue
         elif key in Config.fields_by_key():
             known[key] = value
         elif key in catalog.RARE:
@@ -237,7 +242,9 @@ def _batch(
     if keys is None or problems:
         return filler, problems
     try:
-        return resolve_batch(*(getattr(keys, name) for name in BATCH), dp_world_size), []
+        return resolve_batch(
+            keys.train_batch_size, keys.train_micro_batch_size_per_gpu, keys.gradient_accumulation_steps, dp_world_size
+        ), []
     except ConfigError as error:
         path, _, text = error.what.partition(": ")
         return filler, [Problem.at((path,), text, error.fix)]

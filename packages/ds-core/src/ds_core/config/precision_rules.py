@@ -36,7 +36,7 @@ def _weights(config: Config) -> tuple[str | None, str] | None:
     """Return which of ``WEIGHTS`` is on, and the dtype of weights; None where a stranger or a conflict decides."""
     if config.precision.type not in (None, "fp32", "torch_autocast", *WEIGHTS):
         return None
-    on = [name for name in WEIGHTS if config.is_on(name)]
+    on = [name for name in WEIGHTS if config.enables(name)]
     if len(on) > 1:
         return None
     return (on[0], WEIGHTS[on[0]]) if on else (None, "float32")
@@ -82,14 +82,14 @@ def _dtype_of_weights(config: Config) -> Iterator[Problem]:
 def _low_masters(config: Config) -> Iterator[Problem]:
     for name, flags in NEED_ZERO.items():
         for flag in flags:
-            if not (config.is_on(name) and getattr(getattr(config, name), flag)):
+            if not (config.enables(name) and getattr(getattr(config, name), flag)):
                 continue
             why = "is not built yet; only false is accepted"
             if config.zero_optimization.stage == 0:
                 why = "needs ZeRO stage 1 to 3, and zero_optimization.stage is 0"
             yield Problem(f"{name}.{flag}", f"got true, which {why}", "remove it")
     bf16 = config.bf16
-    if config.is_on("bf16") and bf16.bf16_optimizer_states and not bf16.bf16_master_weights_and_grads:
+    if config.enables("bf16") and bf16.bf16_optimizer_states and not bf16.bf16_master_weights_and_grads:
         yield Problem(
             "bf16.bf16_optimizer_states",
             "got true, which needs bf16.bf16_master_weights_and_grads, and that is false",
@@ -99,7 +99,7 @@ def _low_masters(config: Config) -> Iterator[Problem]:
 
 def _static_scale(config: Config) -> Iterator[Problem]:
     scale = config.fp16.loss_scale
-    if not config.is_on("fp16") or scale == 0:
+    if not config.enables("fp16") or scale == 0:
         return
     if not LEAST_SCALE <= scale <= LARGEST_SCALE:
         yield Problem(
@@ -117,7 +117,7 @@ def _static_scale(config: Config) -> Iterator[Problem]:
 
 def _dynamic_scale(config: Config) -> Iterator[Problem]:
     fp16 = config.fp16
-    if not config.is_on("fp16") or fp16.loss_scale > 0:
+    if not config.enables("fp16") or fp16.loss_scale > 0:
         return
     for name, value in (("loss_scale_window", fp16.loss_scale_window), ("min_loss_scale", fp16.min_loss_scale)):
         if value < 1:
@@ -141,7 +141,7 @@ def _dynamic_scale(config: Config) -> Iterator[Problem]:
 
 
 def _autocast(config: Config) -> Iterator[Problem]:
-    if not config.is_on("torch_autocast"):
+    if not config.enables("torch_autocast"):
         return
     dtype, decided = config.torch_autocast.dtype, _weights(config)
     if dtype == "float32":

@@ -18,8 +18,12 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError, core_schema
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pydantic import GetCoreSchemaHandler
     from pydantic.fields import FieldInfo
+
+    from ds_core.config.config import Config
 
 __all__ = [
     "AUTO",
@@ -122,6 +126,31 @@ class Section(BaseModel):
                 return True
         return bool(self.__pydantic_extra__)
 
+    def why_off(self) -> str:
+        """Return why nothing in the section is at work, empty if it is.
+
+        >>> class Probe(Section):
+        ...     enabled: bool = False
+        >>> Probe().why_off(), Probe(enabled=True).why_off()
+        ('not enabled', '')
+        """
+        if "enabled" in type(self).model_fields and not self.is_on():
+            return "not enabled"
+        if self.comes_with:
+            return f"what reads it comes with a later release of {self.comes_with}"
+        return ""
+
+    def given(self) -> dict[str, Any]:
+        """Return what the user wrote, under the names DeepSpeed has for the keys -> the checked value."""
+        # In the order of the class: a set has none.
+        written = (name for name in type(self).model_fields if name in self.model_fields_set)
+        keys = {type(self).model_fields[name].serialization_alias or name: getattr(self, name) for name in written}
+        return {**keys, **(self.__pydantic_extra__ or {})}
+
+    def unread(self, key: str) -> tuple[NoEffect, ...]:
+        """Return why ``key``, one of those a section takes beside its fields, is read by nobody; empty where it is."""
+        return ()
+
     @model_validator(mode="before")
     @classmethod
     def _prepare(cls, data: Any) -> Any:
@@ -196,12 +225,21 @@ class NotBuilt:
 
 @dataclass(frozen=True)
 class NoEffect:
-    """Marks a key that is accepted and changes nothing, for a reason that ``engine.report()`` gives::
+    """Marks a key that is accepted and changes nothing, always or in some configurations; ``engine.report()`` says why.
 
-    zero_allow_untested_optimizer: Annotated[bool, NoEffect("every optimizer is allowed")] = False
+    ::
+
+        zero_allow_untested_optimizer: Annotated[bool, NoEffect("every optimizer is allowed")] = False
     """
 
     why: str
+    """The reason, as it follows ``no effect:``."""
+    when: Callable[[Config], bool] | None = None
+    """Whether that holds for a configuration; None: for all."""
+
+    def holds(self, config: Config) -> bool:
+        """Return whether the key has no effect in ``config``."""
+        return self.when is None or self.when(config)
 
 
 def show(value: Any, *, limit: int = 60) -> str:

@@ -122,7 +122,7 @@ def _precision_name(config: Config) -> tuple[str, str]:
     if config.precision.type is not None:
         return config.precision.type, "precision.type"
     for name in ("fp16", "bf16", "torch_autocast"):
-        if config.is_on(name):
+        if config.enables(name):
             return name, f"{name}.enabled"
     return "fp32", "precision"
 
@@ -141,6 +141,13 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
     choice.precision.plan.dtypes_of(module)  # here for what it refuses
     device = _device(arguments.device_index)
     _check_dtypes(config, choice)
+    trains = bool(groups) and (arguments.optimizer is not None or config.optimizer is not None)
+    if not trains and (arguments.lr_scheduler is not None or config.scheduler is not None):
+        raise ConfigError(
+            "a learning-rate schedule was given, but there is no optimizer it could drive",
+            where="initialize(lr_scheduler)" if config.scheduler is None else f"scheduler, in {config.where}",
+            fix="configure the section 'optimizer', or pass optimizer= to initialize",
+        )
     comm.init_distributed(distributed_port=arguments.distributed_port, dist_init_required=arguments.dist_init_required)
     group = torch.distributed.group.WORLD
     assert group is not None
@@ -148,7 +155,6 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
     names = {param: logical_name(name) for name, param in module.named_parameters()}
     _check_ranks_agree(module, groups, names, config, group)
     comm.broadcast_tensors([*module.parameters(), *module.buffers()], group)
-    trains = bool(groups) and (arguments.optimizer is not None or config.optimizer is not None)
     partition = choice.partition(
         PartitionInputs(
             module,
@@ -170,12 +176,6 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
                 f'gradients are clipped at norm {config.gradient_clipping}, the default; "gradient_clipping" sets it'
             )
         schedule = _schedule(arguments, optimizer)
-    elif arguments.lr_scheduler is not None or config.scheduler is not None:
-        raise ConfigError(
-            "a learning-rate schedule was given, but there is no optimizer it could drive",
-            where="scheduler" if arguments.lr_scheduler is None else "lr_scheduler",
-            fix="configure the section 'optimizer', or pass optimizer= to initialize",
-        )
     parts = Parts(
         forward=build_forward(module, choice.precision.plan, device),
         precision=choice.precision,
@@ -192,6 +192,8 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
         observers=_observers(config, choice),
     )
     engine = DeepSpeedEngine(module, parts, config, device=device)
+    engine.client_optimizer, engine.client_lr_scheduler = arguments.optimizer, arguments.lr_scheduler
+    engine._has_client_optimizer = arguments.optimizer is not None
     if arguments.training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(arguments.training_data, collate_fn=arguments.collate_fn)
     return engine

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+
+from ds_core.engine.zero_getters import ZeroGetters, getter
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from ds_core.config import Config
+    from ds_core.config import Config, Section
     from ds_core.engine.parts import Parts
 
 __all__ = ["ConfigGetters"]
 
 
-class ConfigGetters:
-    """What ``DeepSpeedEngine`` was configured with; a section that is off gives its own, ineffective, values."""
+class ConfigGetters(ZeroGetters):
+    """What ``DeepSpeedEngine`` was configured with; a section that is off gives its own, ineffective, values.
+
+    Beside the methods below there is one for each key of ``zero_optimization``, ``flops_profiler`` and ``autotuning``,
+    such as ``flops_profiler_profile_step()``.
+    """
 
     parts: Parts
     _config: Config
+    _has_client_optimizer: bool = False
+    """Whether the caller passed ``optimizer=``, which then is the one, whatever the configuration says."""
     if TYPE_CHECKING:
 
         @property
@@ -33,21 +41,49 @@ class ConfigGetters:
     def steps_per_print(self) -> int | None:
         return self._config.steps_per_print
 
+    def postscale_gradients(self) -> bool:
+        """Return whether gradients are divided after they were summed over the ranks, not before."""
+        return not self._config.prescale_gradients
+
+    def gradient_predivide_factor(self) -> float:
+        return self._config.gradient_predivide_factor
+
+    def sparse_gradients_enabled(self) -> bool:
+        return self._config.sparse_gradients
+
+    def graph_harvesting(self) -> bool:
+        return self._config.graph_harvesting
+
+    def wall_clock_breakdown(self) -> bool:
+        return self._config.wall_clock_breakdown
+
+    def memory_breakdown(self) -> bool:
+        return self._config.memory_breakdown
+
+    def dump_state(self) -> bool:
+        return self._config.dump_state
+
+    # -- precision --------------------------------------------------------------------------------------------------
+
     def fp16_enabled(self) -> bool:
-        return self._config.is_on("fp16")
+        return self._config.enables("fp16")
 
     def bfloat16_enabled(self) -> bool:
-        return self._config.is_on("bf16")
+        return self._config.enables("bf16")
 
     def amp_enabled(self) -> bool:
-        """Return False: NVIDIA's Apex is not supported."""
-        return False
+        """Return False: a configuration with NVIDIA's Apex on is refused."""
+        return bool(self._section("amp").enabled)
+
+    def amp_params(self) -> dict[str, Any]:
+        """Return the arguments for Apex, which nothing reads."""
+        return _as_given(self._section("amp"), without="enabled")
 
     def fp16_auto_cast(self) -> bool:
         return self._config.fp16.auto_cast
 
     def torch_autocast_enabled(self) -> bool:
-        return self._config.is_on("torch_autocast")
+        return self._config.enables("torch_autocast")
 
     def torch_autocast_dtype(self) -> torch.dtype | None:
         """Return the dtype that forward runs under autocast with; None: it does not."""
@@ -82,20 +118,128 @@ class ConfigGetters:
             numels[getattr(dtypes, field)] += param.numel()
         return numels.most_common(1)[0][0] if numels else torch.float32
 
-    def zero_optimization_stage(self) -> int:
-        return self._config.zero_optimization.stage
-
-    def zero_optimization(self) -> bool:
-        return self.zero_optimization_stage() > 0
-
-    def zero_optimization_partition_gradients(self) -> bool:
-        return self.zero_optimization_stage() >= 2
-
-    def zero_optimization_partition_weights(self) -> bool:
-        return self.zero_optimization_stage() >= 3
+    # -- optimizer and schedule -------------------------------------------------------------------------------------
 
     def optimizer_name(self) -> str | None:
-        """Return the configured name, else the class name of the client's optimizer."""
-        if self._config.optimizer is not None:
+        """Return the class name of the client's optimizer where one was passed, else the configured name."""
+        if self._config.optimizer is not None and not self._has_client_optimizer:
             return self._config.optimizer.type
         return None if self.basic_optimizer is None else type(self.basic_optimizer).__name__
+
+    def optimizer_params(self) -> dict[str, Any] | None:
+        """Return the configured arguments of the optimizer; None without a section ``optimizer``."""
+        return None if self._config.optimizer is None else self._config.optimizer.params
+
+    def scheduler_name(self) -> str | None:
+        """Return the configured name of the learning-rate schedule; None without a section ``scheduler``."""
+        return None if self._config.scheduler is None else self._config.scheduler.type
+
+    def scheduler_params(self) -> dict[str, Any] | None:
+        """Return the configured arguments of the schedule; None without a section ``scheduler``."""
+        return None if self._config.scheduler is None else self._config.scheduler.params
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def use_node_local_storage(self) -> bool:
+        return self._config.checkpoint.use_node_local_storage
+
+    def load_universal_checkpoint(self) -> bool:
+        return self._config.checkpoint.load_universal
+
+    def checkpoint_tag_validation_enabled(self) -> bool:
+        """Return whether ranks compare the tags they save under."""
+        return self._config.checkpoint.tag_validation != "Ignore"
+
+    def checkpoint_tag_validation_fail(self) -> bool:
+        """Return whether tags that differ are an error."""
+        return self._config.checkpoint.tag_validation == "Fail"
+
+    # -- sections that few configurations have ----------------------------------------------------------------------
+
+    def elasticity_enabled(self) -> bool:
+        return bool(self._section("elasticity").enabled)
+
+    def aio_config(self) -> dict[str, Any]:
+        """Return the section ``aio`` under DeepSpeed's keys."""
+        return _as_given(self._section("aio"))
+
+    def tensor_parallel_config(self) -> Section:
+        """Return the section ``tensor_parallel``."""
+        return cast("Section", self._section("tensor_parallel"))
+
+    def autotp_size(self) -> int:
+        return int(self._section("tensor_parallel").autotp_size)
+
+    def pld_enabled(self) -> bool:
+        return bool(self._section("progressive_layer_drop").enabled)
+
+    def pld_params(self) -> dict[str, Any]:
+        """Return the section ``progressive_layer_drop`` without its ``enabled``."""
+        return _as_given(self._section("progressive_layer_drop"), without="enabled")
+
+    def pld_theta(self) -> float:
+        return float(self._section("progressive_layer_drop").theta)
+
+    def pld_gamma(self) -> float:
+        return float(self._section("progressive_layer_drop").gamma)
+
+    def curriculum_enabled_legacy(self) -> bool:
+        """Return whether the top-level section ``curriculum_learning`` is on."""
+        return bool(self._section("curriculum_learning").enabled)
+
+    def curriculum_params_legacy(self) -> dict[str, Any]:
+        """Return the top-level section ``curriculum_learning`` under DeepSpeed's keys."""
+        return _as_given(self._section("curriculum_learning"))
+
+    def curriculum_learning_enabled(self) -> bool:
+        """Return whether ``data_efficiency.data_sampling.curriculum_learning`` is on."""
+        return bool(self._section("data_efficiency").data_sampling.curriculum_learning.enabled)
+
+    def curriculum_learning_config(self) -> dict[str, Any]:
+        """Return ``data_efficiency.data_sampling.curriculum_learning`` under DeepSpeed's keys."""
+        return _as_given(self._section("data_efficiency").data_sampling.curriculum_learning)
+
+    def random_ltd_enabled(self) -> bool:
+        """Return whether ``data_efficiency.data_routing.random_ltd`` is on."""
+        return bool(self._section("data_efficiency").data_routing.random_ltd.enabled)
+
+    def random_ltd_config(self) -> dict[str, Any]:
+        """Return ``data_efficiency.data_routing.random_ltd`` under DeepSpeed's keys."""
+        return _as_given(self._section("data_efficiency").data_routing.random_ltd)
+
+    def _section(self, name: str) -> Any:
+        # Any: these classes are imported with the configurations that have them, not with the engine.
+        return self._config.section(name)
+
+
+def _as_given(section: Section, *, without: str = "") -> dict[str, Any]:
+    found = section.model_dump(by_alias=True)
+    found.pop(without, None)
+    return found
+
+
+ONE_FOR_EACH_KEY = {
+    "flops_profiler": (
+        *("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed"),
+        "output_file",
+    ),
+    "autotuning": (
+        *("enabled", "fast", "results_dir", "exps_dir", "overwrite", "start_profile_step", "end_profile_step"),
+        *("metric", "metric_path", "tuner_type", "tuner_early_stopping", "tuner_num_trials", "arg_mappings"),
+        *("model_info", "model_info_path", "mp_size", "max_train_batch_size", "min_train_batch_size"),
+        *("max_train_micro_batch_size_per_gpu", "min_train_micro_batch_size_per_gpu"),
+        "num_tuning_micro_batch_sizes",
+    ),
+}
+"""Section -> its keys, each of which has a getter ``<section>_<key>()``. Written down: reading them from the classes
+would import those with every engine."""
+
+
+def _add_one_for_each_key() -> None:
+    for section, keys in ONE_FOR_EACH_KEY.items():
+        for key in keys:
+            name = f"{section}_{key}"
+            setattr(ConfigGetters, name, getter(ConfigGetters, name, section, key, Any))
+
+
+_add_one_for_each_key()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ds_core import comm
+from ds_core.config.effects import without_effect
 from ds_core.engine import state
 from ds_core.engine.config_getters import ConfigGetters
 from ds_core.engine.parts import Outcome
@@ -41,6 +42,10 @@ class EngineFace(ConfigGetters, nn.Module):
     device: torch.device
     training_dataloader: DeepSpeedDataLoader | None
     overflow_history: OverflowHistory
+    client_optimizer: Any = None
+    """What ``initialize`` was given as ``optimizer``."""
+    client_lr_scheduler: Any = None
+    """What ``initialize`` was given as ``lr_scheduler``."""
     _config: Config
     _face: Callable[[], Any] = staticmethod(lambda: None)
 
@@ -238,38 +243,14 @@ class EngineFace(ConfigGetters, nn.Module):
 
     def _without_effect(self) -> dict[str, str]:
         """Return the keys the caller gave that change nothing here, each with the reason."""
-        found = {}
-        zero = self.config.get("zero_optimization")
-        if isinstance(zero, dict) and self.zero_optimization_stage() == 0:
-            found.update({f"zero_optimization.{key}": "no effect at stage 0" for key in zero if key != "stage"})
-        for section in ("fp16", "bf16", "bfloat16", "torch_autocast", "csv_monitor"):
-            given = self.config.get(section)
-            if isinstance(given, dict) and not self._config.is_on(section.replace("bfloat16", "bf16")):
-                found.update({f"{section}.{key}": "no effect: not enabled" for key in given if key != "enabled"})
-        found.update(self._without_effect_in_precision())
-        if "zero_allow_untested_optimizer" in self.config:
-            found["zero_allow_untested_optimizer"] = "no effect: every optimizer is allowed"
-        if "zero_force_ds_cpu_optimizer" in self.config:
-            found["zero_force_ds_cpu_optimizer"] = "no effect: nothing is offloaded"
-        if "dataloader_drop_last" in self.config and self.training_dataloader is None:
+        found = without_effect(self._config)
+        given = self._config.given()
+        if "dataloader_drop_last" in given and self.training_dataloader is None:
             found["dataloader_drop_last"] = "no effect: no training_data was given"
-        return found
-
-    def _without_effect_in_precision(self) -> dict[str, str]:
-        config, found = self._config, {}
-        if config.is_on("fp16") and config.fp16.loss_scale > 0:
-            of_dynamic = ("initial_scale_power", "loss_scale_window", "min_loss_scale", "hysteresis")
-            for key in (*of_dynamic, "consecutive_hysteresis"):
-                if key in self.config.get("fp16", {}):
-                    found[f"fp16.{key}"] = "no effect: loss_scale is constant"
-        if config.is_on("bf16") and config.bf16.immediate_grad_update:
-            found["bf16.immediate_grad_update"] = "no effect: every gradient is added as soon as autograd made it"
-        if config.is_on("torch_autocast") and "lower_precision_safe_modules" in self.config.get("torch_autocast", {}):
-            key = "torch_autocast.lower_precision_safe_modules"
-            if config.communication_data_type is not None:
-                found[key] = "no effect: communication_data_type holds for all"
-            elif config.is_on("fp16") or config.is_on("bf16"):
-                found[key] = "no effect: every gradient is reduced in the dtype of the weights"
+        for name, brought in (("optimizer", self.client_optimizer), ("scheduler", self.client_lr_scheduler)):
+            if name in given and brought is not None:
+                argument = "optimizer" if name == "optimizer" else "lr_scheduler"
+                found[name] = f"no effect: initialize was given {argument}="
         return found
 
     # -- the module -------------------------------------------------------------------------------------------------

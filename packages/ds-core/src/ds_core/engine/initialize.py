@@ -35,6 +35,8 @@ def initialize(
     config: Any = None,
     mesh_param: Any = None,
     config_params: Any = None,
+    *,
+    compatible: bool | None = None,
 ) -> tuple[Any, Any, Any, Any]:
     """Wrap ``model`` in an engine that trains it as ``config`` says. Every rank calls it, with equal arguments.
 
@@ -54,6 +56,8 @@ def initialize(
         collate_fn: for the loader of ``training_data``.
         config: a dict, the path of a JSON or HJSON file, or urlsafe base64 of its text.
         config_params: the same, used where ``config`` is None.
+        compatible: drop keys of the configuration that DeepSpeed ignores, such as a client's own, with one warning
+            each; None: where the environment has ``DS_CONFIG_COMPATIBLE=1``.
 
     Returns:
         (engine, optimizer, loader of ``training_data`` or None, learning-rate schedule or None).
@@ -87,7 +91,9 @@ def initialize(
             where="initialize(mesh_param)",
             fix="leave it out: all ranks are data-parallel",
         )
-    loaded = load_config(_config_source(args, config, config_params), dp_world_size=comm.expected_world_size())
+    log.configure(None)  # loading may have warnings
+    source = _config_source(args, config, config_params)
+    loaded = load_config(source, dp_world_size=comm.expected_world_size(), compatible=compatible)
     log.configure(loaded.log_level)
     provider = _provider(model, loaded)
     engine = provider.build(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
-from ds_core.config.section import NotBuilt, Section
+from ds_core.config.section import NoEffect, NotBuilt, Section, show
 
 __all__ = ["CheckpointSection", "ChoiceSection", "ParallelWriteSection", "PartitionSection", "PrecisionSection"]
 
@@ -25,6 +25,9 @@ class ChoiceSection(Section):
     def chosen(self) -> str | None:
         """The name of the plugin asked for, or None where the core chooses."""
         raise NotImplementedError
+
+    def unread(self, key: str) -> tuple[NoEffect, ...]:
+        return () if key == self.chosen else (NoEffect(f"{show(key)} was not chosen"),)
 
     @property
     def options(self) -> dict[str, dict[str, Any]]:

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from ds_core.config.section import Count, DtypeName, Int, Number, PositiveInt, Section
+from ds_core.config.section import Count, DtypeName, Int, NoEffect, Number, PositiveInt, Section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = ["Bf16Section", "DataTypesSection", "Fp16Section", "TorchAutocastSection"]
+
+
+CONSTANT = NoEffect("loss_scale is constant", when=lambda config: config.fp16.loss_scale > 0)
 
 
 class Fp16Section(Section):
@@ -26,15 +29,15 @@ class Fp16Section(Section):
     """Cast floating-point inputs of forward to half, positional and keyword ones, however deep in lists and dicts."""
     loss_scale: Annotated[Number, Field(ge=0)] = 0.0
     """Constant factor of the loss; 0 finds it while training."""
-    initial_scale_power: Count = 16
+    initial_scale_power: Annotated[Count, CONSTANT] = 16
     """The found scale starts at two to this power."""
-    loss_scale_window: Int = 1000
+    loss_scale_window: Annotated[Int, CONSTANT] = 1000
     """Steps without overflow after which the scale doubles; below 1 is an error where the scale is found."""
-    hysteresis: PositiveInt = 2
+    hysteresis: Annotated[PositiveInt, CONSTANT] = 2
     """Overflows before the scale is halved."""
-    consecutive_hysteresis: bool = False
+    consecutive_hysteresis: Annotated[bool, CONSTANT] = False
     """A step without overflow gives the hysteresis back."""
-    min_loss_scale: Int = 1
+    min_loss_scale: Annotated[Int, CONSTANT] = 1
     """The found scale never falls below this; below 1 is an error where the scale is found."""
     fp16_master_weights_and_grads: bool = False
     """Master weights and gradients in fp16; ZeRO with CPU offload only."""
@@ -62,6 +65,9 @@ class Fp16Section(Section):
         }
 
 
+AT_ONCE = NoEffect("every gradient is added as soon as autograd made it")
+
+
 class Bf16Section(Section):
     """bfloat16 weights and fp32 masters; needs no loss scaling."""
 
@@ -71,7 +77,7 @@ class Bf16Section(Section):
     """Train in bf16."""
     auto_cast: bool = False
     """Cast floating-point inputs of forward to bf16, as ``fp16.auto_cast`` does; DeepSpeed has no such key here."""
-    immediate_grad_update: bool = False
+    immediate_grad_update: Annotated[bool, AT_ONCE] = False
     """Accepted: each gradient is added to the accumulated one as soon as autograd made it, in any case."""
     check_grad_overflow: bool = True
     """Skip a step whose gradients hold inf or NaN."""
@@ -87,6 +93,16 @@ def _dotted(name: str) -> str:
     return name
 
 
+ONE_DTYPE_CHOSEN = NoEffect(
+    "communication_data_type holds for all", when=lambda config: config.communication_data_type is not None
+)
+ONE_DTYPE_OF_WEIGHTS = NoEffect(
+    "every gradient is reduced in the dtype of the weights",
+    when=lambda config: config.enables("fp16") or config.enables("bf16"),
+)
+Modules = tuple[Annotated[str, AfterValidator(_dotted)], ...]
+
+
 class TorchAutocastSection(Section):
     """fp32 weights, forward under ``torch.autocast``."""
 
@@ -96,7 +112,7 @@ class TorchAutocastSection(Section):
     """Run forward under autocast."""
     dtype: DtypeName = "bfloat16"
     """The lower precision, float16 or bfloat16; null is the default."""
-    lower_precision_safe_modules: tuple[Annotated[str, AfterValidator(_dotted)], ...] = (
+    lower_precision_safe_modules: Annotated[Modules, ONE_DTYPE_CHOSEN, ONE_DTYPE_OF_WEIGHTS] = (
         "torch.nn.modules.linear.Linear",
         "torch.nn.modules.conv.Conv1d",
         "torch.nn.modules.conv.Conv2d",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ds_core.config.section import Count, Fraction, Int, NotBuilt, PositiveInt, Section, key
+from ds_core.config.section import Count, Fraction, Int, NoEffect, NotBuilt, PositiveInt, Section, key
 
 __all__ = [
     "LeafModuleSection",
@@ -19,6 +19,20 @@ __all__ = [
 ]
 
 Device = Literal["none", "cpu", "nvme"]
+
+
+def _only_at(*stages: int) -> NoEffect:
+    """Mark a key that only ``stages`` read."""
+    words = " and ".join(map(str, stages))
+    return NoEffect(
+        f"only stage{'s' if len(stages) > 1 else ''} {words} read{'' if len(stages) > 1 else 's'} it",
+        when=lambda config: config.zero_optimization.stage not in stages,
+    )
+
+
+BELOW_3 = _only_at(1, 2)
+AT_3 = _only_at(3)
+EVERY_CHECKPOINT_IS = NoEffect("every checkpoint loads at any world size")
 
 
 class OffloadParamSection(Section):
@@ -142,17 +156,17 @@ class ZeroSection(Section):
     """Reduce-scatter gradients instead of all-reducing them."""
     reduce_bucket_numel: Count = key("reduce_bucket_size", default=500_000_000)
     """Elements of gradient reduced at once."""
-    use_multi_rank_bucket_allreduce: bool = True
+    use_multi_rank_bucket_allreduce: Annotated[bool, BELOW_3] = True
     """One bucket may hold gradients of several owners (stages 1 and 2)."""
-    allgather_partitions: bool = True
+    allgather_partitions: Annotated[bool, BELOW_3] = True
     """All-gather updated parameters instead of broadcasting them."""
-    allgather_bucket_numel: Count = key("allgather_bucket_size", default=500_000_000)
+    allgather_bucket_numel: Annotated[Count, BELOW_3] = key("allgather_bucket_size", default=500_000_000)
     """Elements of parameters gathered at once."""
     overlap_comm: bool | None = None
     """Reduce gradients while backward still runs; null means true at stage 3 and false below."""
     load_from_fp32_weights: bool = True
     """Take master weights from the checkpoint's fp32 ones."""
-    elastic_checkpoint: bool = False
+    elastic_checkpoint: Annotated[bool, EVERY_CHECKPOINT_IS] = False
     """Has no effect: every checkpoint loads at any world size."""
     offload_param: OffloadParamSection | None = None
     """Where parameters wait between their uses."""
@@ -160,63 +174,72 @@ class ZeroSection(Section):
     """Where optimizer state lives."""
     zenflow: ZenFlowSection | None = None
     """Split updates of important and other gradients."""
-    sub_group_numel: Count = key("sub_group_size", default=1_000_000_000)
+    sub_group_numel: Annotated[Count, AT_3] = key("sub_group_size", default=1_000_000_000)
     """Elements updated at once (stage 3)."""
-    prefetch_bucket_numel: Count = key("stage3_prefetch_bucket_size", "prefetch_bucket_size", default=50_000_000)
+    prefetch_bucket_numel: Annotated[Count, AT_3] = key(
+        "stage3_prefetch_bucket_size", "prefetch_bucket_size", default=50_000_000
+    )
     """Elements gathered ahead of their use."""
-    param_persistence_threshold: Count = key("stage3_param_persistence_threshold", default=100_000)
+    param_persistence_threshold: Annotated[Count, AT_3] = key("stage3_param_persistence_threshold", default=100_000)
     """Parameters with fewer elements stay whole on every rank."""
-    model_persistence_threshold: Count = key("stage3_model_persistence_threshold", default=sys.maxsize)
+    model_persistence_threshold: Annotated[Count, AT_3] = key("stage3_model_persistence_threshold", default=sys.maxsize)
     """Elements that may stay whole in all."""
-    max_live_parameters: Count = key("stage3_max_live_parameters", default=1_000_000_000)
+    max_live_parameters: Annotated[Count, AT_3] = key("stage3_max_live_parameters", default=1_000_000_000)
     """Elements that may be gathered at one time."""
-    max_reuse_distance: Count = key("stage3_max_reuse_distance", default=1_000_000_000)
+    max_reuse_distance: Annotated[Count, AT_3] = key("stage3_max_reuse_distance", default=1_000_000_000)
     """A parameter used again within this many elements is kept gathered."""
-    gather_16bit_weights_on_model_save: bool = key("stage3_gather_16bit_weights_on_model_save", default=False)
+    gather_16bit_weights_on_model_save: Annotated[bool, AT_3] = key(
+        "stage3_gather_16bit_weights_on_model_save", default=False
+    )
     """``save_16bit_model`` may gather the whole model."""
-    module_granularity_threshold: Count = key("stage3_module_granularity_threshold", default=0)
+    module_granularity_threshold: Annotated[Count, AT_3] = key("stage3_module_granularity_threshold", default=0)
     """Modules with fewer elements per layer are gathered as one; 0 for none."""
-    use_all_reduce_for_fetch_params: bool = key("stage3_use_all_reduce_for_fetch_params", default=False)
+    use_all_reduce_for_fetch_params: Annotated[bool, AT_3] = key(
+        "stage3_use_all_reduce_for_fetch_params", default=False
+    )
     """Gather parameters by all-reduce."""
-    allgather_sequential: bool = key("stage3_allgather_sequential", default=False)
+    allgather_sequential: Annotated[bool, AT_3] = key("stage3_allgather_sequential", default=False)
     """Gather parameters one after another."""
     ignore_unused_parameters: bool = True
     """A parameter without a gradient is no error (stage 2)."""
     legacy_stage1: Annotated[bool, NotBuilt(False, why="which was removed from DeepSpeed")] = False
     """DeepSpeed's first stage 1."""
-    round_robin_gradients: bool = False
+    round_robin_gradients: Annotated[bool, BELOW_3] = False
     """Spread the copies of gradients to the CPU over the ranks."""
-    zero_hpz_partition_size: PositiveInt = 1
+    zero_hpz_partition_size: Annotated[PositiveInt, AT_3] = 1
     """Ranks among which a second copy of the parameters is divided (ZeRO++)."""
-    zero_quantized_weights: bool = False
+    zero_quantized_weights: Annotated[bool, AT_3] = False
     """Gather int8 weights (ZeRO++)."""
-    zero_quantized_nontrainable_weights: bool = False
+    zero_quantized_nontrainable_weights: Annotated[bool, AT_3] = False
     """Keep frozen weights in int8 (ZeRO++)."""
-    zero_quantized_gradients: bool = False
+    zero_quantized_gradients: Annotated[bool, AT_3] = False
     """Reduce int4 gradients (ZeRO++)."""
-    zeropp_loco_param: ZeroppLocoSection | None = None
+    zeropp_loco_param: Annotated[ZeroppLocoSection | None, AT_3] = None
     """Error feedback of the quantized gradients."""
-    mics_shard_size: Int = -1
+    mics_shard_size: Annotated[Int, AT_3] = -1
     """Ranks among which everything is divided; -1 for all (MiCS)."""
-    mics_hierarchical_params_gather: bool = False
+    mics_hierarchical_params_gather: Annotated[bool, AT_3] = False
     """Gather inside a node first (MiCS)."""
-    memory_efficient_linear: bool = True
+    memory_efficient_linear: Annotated[bool, AT_3] = True
     """Linear layers save no gathered weight for backward (stage 3)."""
-    pipeline_loading_checkpoint: bool = False
+    pipeline_loading_checkpoint: Annotated[bool, AT_3] = False
     """Ranks load one after another (stage 3)."""
-    override_module_apply: bool = True
+    override_module_apply: Annotated[bool, AT_3] = True
     """``module.apply`` sees gathered parameters (stage 3)."""
-    log_trace_cache_warnings: bool = False
+    log_trace_cache_warnings: Annotated[bool, AT_3] = False
     """Log when the order of modules changes."""
-    enable_sanity_checks: bool = False
+    enable_sanity_checks: Annotated[bool, AT_3] = False
     """Check what is gathered at every use."""
-    save_muon_momentum_buffer_in_memory: bool = False
+    save_muon_momentum_buffer_in_memory: Annotated[bool, AT_3] = False
     """Keep Muon's momentum on the device."""
-    leaf_module: LeafModuleSection = Field(default_factory=LeafModuleSection)
+    leaf_module: Annotated[LeafModuleSection, AT_3] = Field(default_factory=LeafModuleSection)
     """Modules whose parameters are gathered together."""
 
     def is_on(self) -> bool:
         return self.stage > 0
+
+    def why_off(self) -> str:
+        return "" if self.is_on() else "zero_optimization.stage is 0"
 
     @model_validator(mode="after")
     def _derive(self) -> ZeroSection:
