@@ -27,8 +27,7 @@ class ConfigGetters(ZeroGetters):
 
     parts: Parts
     _config: Config
-    _has_client_optimizer: bool = False
-    """Whether the caller passed ``optimizer=``, which then is the one, whatever the configuration says."""
+    client_optimizer: Any
     if TYPE_CHECKING:
 
         @property
@@ -122,7 +121,7 @@ class ConfigGetters(ZeroGetters):
 
     def optimizer_name(self) -> str | None:
         """Return the class name of the client's optimizer where one was passed, else the configured name."""
-        if self._config.optimizer is not None and not self._has_client_optimizer:
+        if self._config.optimizer is not None and self.client_optimizer is None:
             return self._config.optimizer.type
         return None if self.basic_optimizer is None else type(self.basic_optimizer).__name__
 
