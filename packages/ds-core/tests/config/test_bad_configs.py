@@ -628,32 +628,32 @@ CASES: list[tuple[str, dict[Any, Any], list[str]]] = [
         "does not divide by ranks",
         {"train_batch_size": 7},
         [
-            "train_batch_size: got 7, must be a multiple of the number of ranks, 2",
-            "  fix: set train_batch_size to 6 or 8, or change what it is divided by",
+            "train_batch_size: 7 cannot be train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks = ? x 1 x 2, a multiple of 2",
+            "  fix: set train_batch_size to 6 or 8",
         ],
     ),
     (
         "smaller than the ranks",
         {"train_batch_size": 1},
         [
-            "train_batch_size: got 1, must be a multiple of the number of ranks, 2",
-            "  fix: set train_batch_size to 2, or change what it is divided by",
+            "train_batch_size: 1 cannot be train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks = ? x 1 x 2, a multiple of 2",
+            "  fix: set train_batch_size to 2",
         ],
     ),
     (
         "does not divide by micro",
         {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 5},
         [
-            "train_batch_size: got 24, must be a multiple of train_micro_batch_size_per_gpu x ranks = 5 x 2 = 10",
-            "  fix: set train_batch_size to 20 or 30, or change what it is divided by",
+            "train_batch_size: 24 cannot be train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks = 5 x ? x 2, a multiple of 10",
+            "  fix: set train_batch_size to 20 or 30, or set train_micro_batch_size_per_gpu to 4",
         ],
     ),
     (
         "does not divide by accumulation",
         {"train_batch_size": 24, "gradient_accumulation_steps": 5},
         [
-            "train_batch_size: got 24, must be a multiple of gradient_accumulation_steps x ranks = 5 x 2 = 10",
-            "  fix: set train_batch_size to 20 or 30, or change what it is divided by",
+            "train_batch_size: 24 cannot be train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks = ? x 5 x 2, a multiple of 10",
+            "  fix: set train_batch_size to 20 or 30, or set gradient_accumulation_steps to 6",
         ],
     ),
     (
@@ -661,7 +661,7 @@ CASES: list[tuple[str, dict[Any, Any], list[str]]] = [
         {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 2},
         [
             "train_batch_size: 24 is not train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks = 3 x 2 x 2 = 12",
-            "  fix: set train_batch_size to 12, or set train_micro_batch_size_per_gpu to 6, or set gradient_accumulation_steps to 4, or run on 4 ranks, or leave one of the three out",
+            "  fix: set train_batch_size to 12, or set train_micro_batch_size_per_gpu to 6, or set gradient_accumulation_steps to 4, or run on 4 ranks, or leave out train_batch_size",
         ],
     ),
     (
@@ -682,8 +682,8 @@ CASES: list[tuple[str, dict[Any, Any], list[str]]] = [
             '    fix: remove "wandb", or set its "enabled" to false',
             "  stage: unknown key (its value is 1)",
             '    fix: it belongs under "zero_optimization"',
-            "  train_batch_size: got 7, must be a multiple of the number of ranks, 2",
-            "    fix: set train_batch_size to 6 or 8, or change what it is divided by",
+            "  train_batch_size: 7 cannot be train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks = ? x 1 x 2, a multiple of 2",
+            "    fix: set train_batch_size to 6 or 8",
             "  sparse_gradients: got true, which is not built yet; only false is accepted",
             "    fix: remove it",
             "  fp16.loss_scale: got -1, must be at least 0",

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count, islice
+from typing import TYPE_CHECKING
 
 from ds_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = ["BatchSizes", "resolve_batch"]
 
 TRAIN = "train_batch_size"
 MICRO = "train_micro_batch_size_per_gpu"
 ACCUMULATION = "gradient_accumulation_steps"
+SEARCHED = 10_000
+LARGEST = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -56,35 +63,50 @@ def resolve_batch(
             )
         steps = steps or 1
         return BatchSizes(given_micro * steps * world, given_micro, steps, world)
+    known = (given_micro or 1) * (steps or 1) * world
+    if given_micro is not None and steps is not None:
+        if given_train != known:
+            raise _conflict(given_train, given_micro, steps, world)
+    elif given_train % known:
+        raise _indivisible(given_train, given_micro, steps, world)
+    quotient = given_train // known
     if given_micro is None:
-        # The spelling of the error follows what the user gave: without accumulation it is not part of the rule.
-        divisor = world if steps is None else steps * world
-        product = "ranks" if steps is None else f"{ACCUMULATION} x ranks = {steps} x {world}"
-        return BatchSizes(given_train, _quotient(given_train, divisor, product), steps or 1, world)
-    if steps is None:
-        product = f"{MICRO} x ranks = {given_micro} x {world}"
-        return BatchSizes(given_train, given_micro, _quotient(given_train, given_micro * world, product), world)
-    if given_train != given_micro * steps * world:
-        raise _conflict(given_train, given_micro, steps, world)
-    return BatchSizes(given_train, given_micro, steps, world)
+        return BatchSizes(given_train, quotient, steps or 1, world)
+    return BatchSizes(given_train, given_micro, steps or quotient, world)
 
 
 def _whole(name: str, value: float) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1 or value < 1:
         raise ConfigError(f"{name}: got {value!r}, must be a whole number from 1", fix="give 1 or more")
+    if value > LARGEST:  # also keeps the products of an error short enough to print
+        raise ConfigError(f"{name}: is more than {LARGEST}", fix="give less")
     return int(value)
 
 
-def _quotient(train: int, divisor: int, product: str) -> int:
-    quotient, rest = divmod(train, divisor)
-    if rest:
-        near = [size for size in (train - rest, train - rest + divisor) if size]
-        what = f"{product} = {divisor}" if "=" in product else f"the number of {product}, {divisor}"
-        raise ConfigError(
-            f"{TRAIN}: got {train}, must be a multiple of {what}",
-            fix=f"set {TRAIN} to {' or '.join(map(str, near))}, or change what it is divided by",
-        )
-    return quotient
+def _indivisible(train: int, micro: int | None, accumulation: int | None, world: int) -> ConfigError:
+    """Return the error of a batch that the given one of the other two sizes, or none, and the ranks do not divide."""
+    size = micro or accumulation or 1
+    below = train - train % (size * world)
+    fixes = [f"set {TRAIN} to {' or '.join(str(near) for near in (below, below + size * world) if near)}"]
+    if micro is not None and train % world == 0:
+        # Less memory rather than more, and more steps rather than larger micro-batches.
+        fixes += [f"set {MICRO} to {fit}" for fit in _divisor(train // world, range(micro - 1, 0, -1))]
+    if accumulation is not None and train % world == 0:
+        fixes += [f"set {ACCUMULATION} to {fit}" for fit in _divisor(train // world, count(accumulation + 1))]
+    if train % size == 0:
+        fixes += [f"run on {fit} ranks" for fit in _divisor(train // size, range(world - 1, 1, -1))]
+    # Accumulation that is not given is 1, unless the other two decide it.
+    steps = accumulation or ("?" if micro else 1)
+    return ConfigError(
+        f"{TRAIN}: {train} cannot be {MICRO} x {ACCUMULATION} x ranks = {micro or '?'} x {steps} x {world},"
+        f" a multiple of {size * world}",
+        fix=", or ".join(fixes),
+    )
+
+
+def _divisor(number: int, candidates: Iterable[int]) -> list[int]:
+    """Return the first of ``candidates`` that divides ``number``, if it is among the nearest ten thousand."""
+    return [size for size in islice(candidates, SEARCHED) if number % size == 0][:1]
 
 
 def _conflict(train: int, micro: int, accumulation: int, world: int) -> ConfigError:
@@ -97,5 +119,5 @@ def _conflict(train: int, micro: int, accumulation: int, world: int) -> ConfigEr
         fixes.append(f"run on {train // (micro * accumulation)} ranks")
     return ConfigError(
         f"{TRAIN}: {train} is not {MICRO} x {ACCUMULATION} x ranks = {micro} x {accumulation} x {world} = {product}",
-        fix=f"{', or '.join(fixes)}, or leave one of the three out",
+        fix=", or ".join([*fixes, f"leave out {TRAIN}"]),
     )
