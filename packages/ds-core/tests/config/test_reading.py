@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import base64
 import json
+import math
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections import UserDict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ds_core.config import ConfigError, find_problems, load_config
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from ds_core.config.reading import read
 
 GOOD = {"train_batch_size": 8, "optimizer": {"type": "Adam", "params": {"betas": [0.9, 0.95]}}}
 
@@ -25,7 +28,7 @@ def encoded(text: str) -> str:
 
 def error_of(source: Any) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
-        load_config(source)
+        read(source)
     return caught.value
 
 
@@ -96,7 +99,7 @@ def test_base64(text: str, padding: bool) -> None:
 
 def test_errors_name_the_file(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
-    path.write_text('{"train_batch_size": 8, "stage": 1}', encoding="utf-8")
+    path.write_text('{"train_batch_size": 8, "stage: 1}', encoding="utf-8")
     assert error_of(path).where == str(path)
     assert error_of(encoded(path.read_text(encoding="utf-8"))).where == "base64 text"
 
@@ -105,22 +108,35 @@ def test_duplicate_keys_in_any_object(tmp_path: Path) -> None:
     text = """{"train_batch_size": 8, "fp16": {"enabled": true, "enabled": false},
                "optimizer": {"type": "Adam", "params": {"a": [{"lr": 1, "lr": 2, "lr": 3}]}},
                "train_batch_size": 8}"""
-    for source in (encoded(text), encoded("# hjson\n" + text)):
-        paths = [problem.path for problem in find_problems(source)]
-        assert paths == ["train_batch_size", "fp16.enabled", "optimizer.params.a[0].lr"]
     path = tmp_path / "ds.json"
-    path.write_text('{"train_batch_size": 8, "train_batch_size": 8}', encoding="utf-8")
-    assert str(error_of(path)) == (
-        f"train_batch_size: is given twice in one object\n  where: {path}\n  fix: keep one of the two"
-    )
+    path.write_text(text, encoding="utf-8")
+    for source in (path, encoded(text), encoded("# hjson\n" + text)):
+        document = read(source)
+        assert document.twice == (
+            ("train_batch_size",),
+            ("fp16", "enabled"),
+            ("optimizer", "params", "a", 0, "lr"),
+        )
+        assert document.raw["optimizer"]["params"]["a"] == [{"lr": 3}]
+        assert [problem.keys for problem in find_problems(source)] == list(document.twice)
+    # The second of three.
+    assert read(path).position(("optimizer", "params", "a", 0, "lr")) == (2, text.splitlines()[1].index('"lr": 2') + 1)
 
 
 def test_duplicates_are_told_with_everything_else() -> None:
-    error = error_of(encoded('{"train_batch_size": 8, "train_batch_size": 8, "stage": 1}'))
-    assert error.what.startswith("2 problems")
+    problems = find_problems(encoded('{"train_batch_size": 8, "train_batch_size": 8, "stage": 1}'))
+    assert [problem.path for problem in problems] == ["train_batch_size", "stage"]
 
 
-@pytest.mark.parametrize("name", ["ds_config.json", "config", "conf/ds.json", "ds-config", "a" * 5000])
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["ds_config.json", "config", "ds-config", "a" * 5000])
+@pytest.mark.usefixtures("folder")
 def test_missing_file(name: str) -> None:
     error = error_of(name)
     assert error.what.startswith(f"file not found: {name[:200]}")
@@ -129,8 +145,107 @@ def test_missing_file(name: str) -> None:
     assert ("base64" in error.what) == (len(name) > 64)
 
 
-def test_missing_path(tmp_path: Path) -> None:
-    assert error_of(tmp_path / "none.json").what == f"file not found: {tmp_path / 'none.json'}"
+def test_missing_path(folder: Path) -> None:
+    error = error_of(folder / "none.json")
+    assert str(error) == (
+        f"file not found: {folder / 'none.json'}\n  where: working directory {folder}\n  fix: check the path"
+    )
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_missing_file_with_a_near_name(folder: Path, as_text: bool) -> None:
+    (folder / "conf").mkdir()
+    (folder / "conf" / "ds_config.json").touch()
+    given = Path("conf", "ds_confg.json")
+    assert error_of(str(given) if as_text else given).fix == 'did you mean "conf/ds_config.json"?'
+
+
+def test_missing_folder(folder: Path) -> None:
+    assert error_of("conf/ds.json").fix == "check the path: there is no folder conf"
+    (folder / "ds.json").touch()
+    assert error_of("ds.json/x").fix == "check the path: there is no folder ds.json"
+
+
+@pytest.mark.usefixtures("folder")
+def test_no_urls() -> None:
+    error = error_of("file:///etc/ds.json")
+    assert error.what == "file not found: file:///etc/ds.json"
+    assert error.fix == "pass the path alone, without file://"
+
+
+@pytest.mark.parametrize("text", ["", "  "])
+def test_empty_path(text: str) -> None:
+    assert error_of(text).what == "the path of the configuration is empty"
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b", "a\x1b[31m", "~nobody-has-this-name/x.json"])
+@pytest.mark.usefixtures("folder")
+def test_odd_names(name: str) -> None:
+    error = error_of(name)
+    assert error.what.startswith("file not found: ")
+    assert error.what.isprintable()
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_home_folder(folder: Path, as_text: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = folder / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    (home / "ds.json").write_text(json.dumps(GOOD), encoding="utf-8")
+    document = read("~/ds.json" if as_text else Path("~/ds.json"))
+    assert document.raw == GOOD
+    assert document.where == str(home / "ds.json")
+    error = error_of("~/ds.jsn" if as_text else Path("~/ds.jsn"))
+    assert str(error) == (f'file not found: ~/ds.jsn\n  where: {home / "ds.jsn"}\n  fix: did you mean "~/ds.json"?')
+    (folder / "~").mkdir()
+    (folder / "~" / "ds.json").write_text('{"train_batch_size": 2}', encoding="utf-8")
+    assert read("~/ds.json").raw == {"train_batch_size": 2}
+
+
+def test_bytes_path(folder: Path) -> None:
+    (folder / "ds.json").write_text(json.dumps(GOOD), encoding="utf-8")
+
+    class InBytes:
+        def __fspath__(self) -> bytes:
+            return b"ds.json"
+
+    assert read(InBytes()).raw == GOOD  # type: ignore[arg-type]
+
+
+def test_deleted_working_directory(folder: Path) -> None:
+    (folder / "gone").mkdir()
+    os.chdir(folder / "gone")
+    (folder / "gone").rmdir()
+    assert error_of("ds.json").where == "working directory that was deleted"
+
+
+def test_file_that_may_not_be_read(folder: Path) -> None:
+    path = folder / "ds.json"
+    path.write_text(json.dumps(GOOD), encoding="utf-8")
+    path.chmod(0)
+    script = """
+import os, sys
+from ds_core.config.reading import read
+from ds_core.errors import ConfigError
+if os.getuid() == 0:  # who may read everything
+    os.setuid(65534)
+for source in sys.argv[1:]:
+    try:
+        read(source)
+    except ConfigError as error:
+        print(error.what, error.fix, sep="; ")
+"""
+    closed = folder / "closed"
+    closed.mkdir()
+    closed.chmod(0)
+    folder.chmod(0o755)
+    result = subprocess.run(
+        [sys.executable, "-c", script, "ds.json", "closed/ds.json"],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    closed.chmod(0o755)
+    expected = "the file cannot be read: Permission denied; give the user who runs this the right to read it\n"
+    assert result.stdout == 2 * expected
 
 
 @pytest.mark.parametrize("as_text", [True, False])
@@ -140,20 +255,39 @@ def test_folder(tmp_path: Path, as_text: bool) -> None:
     assert error.where == str(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["UTF-16", "UTF-32"])
+@pytest.mark.parametrize("order", ["LE", "BE"])
+def test_other_unicode(tmp_path: Path, name: str, order: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_bytes(("\ufeff" + json.dumps(GOOD)).encode(f"{name}-{order}"))
+    assert error_of(path).what == f"the file is text in {name}, not in UTF-8"
+    path.write_bytes(json.dumps(GOOD).encode(f"{name}-{order}"))
+    assert error_of(path).what.startswith("this is not text: it has a null byte (line 1, column ")
+
+
+@pytest.mark.parametrize(
+    ("text", "what"), [("", "is empty"), (" \n", "is empty"), ("# nothing\n/* at all */", "holds only comments")]
+)
+def test_empty_text(tmp_path: Path, text: str, what: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text, encoding="utf-8")
+    assert error_of(path).what == f"the text {what}"
+
+
+def test_numbers_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"steps_per_print": Infinity, "a": -Infinity, "b": NaN}', encoding="utf-8")
+    document = read(path)
+    assert document.raw["steps_per_print"] == math.inf
+    assert document.raw["a"] == -math.inf
+    assert math.isnan(document.raw["b"])
+    assert document.position(("b",)) == (1, 47)
+
+
 def test_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_bytes(b'{"train_batch_size": 8, "x": "\xff"}')
     assert re.fullmatch(r"the file is not text in UTF-8: .* at byte 30", error_of(path).what)
-
-
-@pytest.mark.parametrize("text", ['{"train_batch_size": 8', '{"a" 1}', "{a: }", "{"])
-def test_syntax(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "ds.json"
-    path.write_text(text, encoding="utf-8")
-    error = error_of(path)
-    assert error.what.startswith("this is neither JSON nor HJSON: ")
-    assert "line 1" in error.what
-    assert error.where == str(path)
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "3", '"text"', "null"])
@@ -165,6 +299,7 @@ def test_not_an_object(tmp_path: Path, text: str) -> None:
 
 def test_json_itself_as_text() -> None:
     assert "got JSON itself" in error_of(json.dumps(GOOD)).what
+    assert "got HJSON itself" in error_of("# a comment\ntrain_batch_size: 8").what
 
 
 @pytest.mark.parametrize("source", [None, 3, ["train_batch_size"]])
@@ -174,14 +309,17 @@ def test_not_a_source(source: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("depth", [100, 100_000])
-def test_deep_files(tmp_path: Path, depth: int) -> None:
+def test_what_a_document_says(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
-    path.write_text('{"a":' * depth + "1" + "}" * depth, encoding="utf-8")
-    assert error_of(path).what == "objects are nested more than 64 deep"
-
-
-def test_a_dict_that_contains_itself() -> None:
-    endless: dict[str, Any] = {"train_batch_size": 1}
-    endless["optimizer"] = endless
-    assert error_of(endless).what == "objects are nested more than 64 deep"
+    path.write_text('{\n  "a": {"b": [1, 2]}\n}', encoding="utf-8")
+    document = read(path)
+    assert (document.where, document.twice, document.is_plain_json) == (str(path), (), True)
+    assert document.text == path.read_text(encoding="utf-8")
+    assert document.position(("a", "b")) == (2, 9)
+    assert document.position(("a", "b", 1)) == (2, 18)
+    assert document.position(("a", "c")) is None
+    assert document.position(()) is None
+    path.write_text("a: 1 # one", encoding="utf-8")
+    assert not read(path).is_plain_json
+    mapping = read({"a": 1})
+    assert (mapping.where, mapping.text, mapping.position(("a",))) == ("config dict", None, None)

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
+import codecs
+import functools
+import itertools
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_core.config.parsing import MAX_BYTES, MAX_DEPTH, parse, too_deep, too_large
+from ds_core.config.positions import Keys, Lines, scan
 from ds_core.config.section import show
-from ds_core.errors import ConfigError
+from ds_core.errors import ConfigError, nearest
 
 __all__ = ["Document", "Keys", "Source", "copied", "read"]
 
 Source = Mapping[str, Any] | str | os.PathLike[str]
-Keys = tuple[str | int, ...]
-"""The way to a value: keys of objects and indexes of lists."""
 
-MAX_DEPTH = 64
-"""Objects inside objects; no configuration needs more, and unbounded depth would exhaust the stack."""
+MAX_VALUES = 100_000
+"""Values of a configuration, objects and lists counted with what is in them."""
+MAX_KEY = 1000
+"""Characters of a key: errors show keys whole."""
 
 
 @dataclass(frozen=True)
@@ -42,20 +46,42 @@ class Document:
     """Whether ``text`` is JSON; if not, it is HJSON (comments, unquoted keys, ...)."""
 
     def position(self, keys: Keys) -> tuple[int, int] | None:
-        """Return line and column, from 1, of a key (of the value for a list index); None where it was not found."""
-        return None
+        """Return line and column, from 1, of a key; for a list index, of the value.
+
+        For a key given twice it is the second one. None for a mapping, and where the place was not found. The text is
+        scanned at the first call, and once.
+        """
+        return self._positions(tuple(keys)) if self.text is not None else None
+
+    @functools.cached_property
+    def _positions(self) -> Callable[[Keys], tuple[int, int] | None]:
+        assert self.text is not None
+        places, lines = scan(self.text, is_plain_json=self.is_plain_json), Lines(self.text)
+
+        def position(keys: Keys) -> tuple[int, int] | None:
+            offset = places.find(keys) if keys else None
+            return None if offset is None else lines.position(offset)
+
+        return position
 
 
 def read(source: Source) -> Document:
     """Return the configuration in ``source``, which is neither kept nor changed.
 
+    Args:
+        source: a mapping; the path of a JSON or HJSON file, where ``~`` is the home folder; or urlsafe base64 of such
+            text.
+
     Raises:
-        ConfigError: there is no such file, or it is not one object of JSON or HJSON.
+        ConfigError: there is no such file, it is not one object of JSON or HJSON, or it is beyond a limit.
+
+    >>> read({"train_batch_size": 8}).raw
+    {'train_batch_size': 8}
     """
     if isinstance(source, Mapping):
         return Document(copied(source, where="config dict"), "config dict")
     if isinstance(source, os.PathLike):
-        return _read_file(Path(source))
+        return _read_file(os.fsdecode(source))
     if isinstance(source, str):
         return _read_text_source(source)
     raise ConfigError(
@@ -68,120 +94,217 @@ def copied(source: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """Return a copy of ``source`` in which every mapping, list and tuple is new; other values are shared.
 
     Leaves may be objects that cannot be copied, such as process groups.
+
+    Raises:
+        ConfigError: it is beyond a limit (an object that contains itself is), or cannot be iterated over.
     """
-    return {key: _copied(value, 1, where) for key, value in source.items()}
+    return _Copier(where).mapping(source, 1)
 
 
-def _copied(value: Any, depth: int, where: str) -> Any:
-    if depth > MAX_DEPTH:
-        raise _too_deep(where)
-    if isinstance(value, Mapping):
-        return {key: _copied(item, depth + 1, where) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [_copied(item, depth + 1, where) for item in value]
-        return tuple(items) if isinstance(value, tuple) else items
-    return value
+class _Copier:
+    """Copies one configuration and counts its values: a few shared lists can stand for billions of them."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.values = 0
+
+    def mapping(self, source: Mapping[str, Any], depth: int) -> dict[str, Any]:
+        self.check_depth(depth)
+        pairs = self.taken(source, lambda: ((key, value) for key, value in source.items() if hash(key) is not None))
+        for key, _ in pairs:
+            self.check_key(key)
+        return {key: self.value(value, depth + 1) for key, value in pairs}
+
+    def value(self, value: Any, depth: int) -> Any:
+        if isinstance(value, Mapping):
+            return self.mapping(value, depth)
+        if isinstance(value, (list, tuple)):
+            self.check_depth(depth)
+            items = [self.value(item, depth + 1) for item in self.taken(value, lambda: value)]
+            return tuple(items) if isinstance(value, tuple) else items
+        return value
+
+    def taken(self, source: Any, items: Callable[[], Iterable[Any]]) -> list[Any]:
+        """Return what ``items`` yields, counted; the code of a foreign ``source`` runs only here."""
+        try:
+            found = list(itertools.islice(items(), MAX_VALUES - self.values + 1))
+        except Exception as error:
+            raise ConfigError(
+                f"a {type(source).__name__} in the configuration cannot be read: {type(error).__name__}: {error}",
+                where=self.where,
+                fix="pass plain dicts and lists",
+            ) from error
+        self.values += len(found)
+        if self.values > MAX_VALUES:
+            raise ConfigError(
+                f"the configuration has more than {MAX_VALUES} values",
+                where=self.where,
+                fix="remove what is not needed",
+            )
+        return found
+
+    def check_depth(self, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise too_deep(self.where)
+
+    def check_key(self, key: Any) -> None:
+        if not isinstance(key, str):  # told with everything else, by its path
+            return
+        if len(key) > MAX_KEY:
+            raise ConfigError(
+                f"a key has {len(key)} characters, it may have {MAX_KEY}; it begins with {show(key)}",
+                where=self.where,
+                fix="shorten it",
+            )
+        if not key.isascii() and any("\ud800" <= letter <= "\udfff" for letter in key):
+            raise ConfigError(
+                f"a key has half of a character: {_printable(key)}", where=self.where, fix="write the character itself"
+            )
 
 
 def _read_text_source(text: str) -> Document:
-    if text.lstrip().startswith("{"):
+    is_json = re.match(r"\s*\{", text) is not None
+    if is_json or ("\n" in text and ":" in text):
         raise ConfigError(
-            "a configuration given as text must be a path or base64, got JSON itself",
-            where=text[:40],
+            f"a configuration given as text must be a path or base64, got {'JSON' if is_json else 'HJSON'} itself",
+            where=_printable(text, 40),
             fix="pass json.loads(text), or write the text to a file and pass its path",
         )
-    try:
-        exists = Path(text).exists()
-    except (OSError, ValueError):  # too long for a file name, or a null byte: base64, or nonsense
-        exists = False
-    if exists:
-        return _read_file(Path(text))
+    if not text.strip():
+        raise ConfigError("the path of the configuration is empty", fix="pass the path of a file, or a dict")
+    if len(text) > 2 * MAX_BYTES:  # base64 makes four characters of three bytes
+        raise too_large(f"the text has {len(text)} characters", "base64 text")
+    if _status(_expanded(Path(text))) is not None:
+        return _read_file(text)
     decoded = _decoded(text)
-    if decoded is not None:
-        return _parse(decoded, "base64 text")
-    looks_encoded = len(text) > 64 and re.fullmatch(r"[\w+=-]+", text, re.ASCII) is not None
-    also = ", and the text is not base64 of a configuration either" if looks_encoded else ""
-    raise ConfigError(
-        f"file not found: {text[:200]}{also}",
-        where=f"working directory {Path.cwd()}",
-        fix="check the path",
-    )
+    if decoded is None:
+        raise _not_found(text)
+    if len(decoded) > MAX_BYTES:
+        raise too_large(f"the text has {len(decoded)} bytes", "base64 text")
+    return _document(decoded.decode("utf-8-sig"), "base64 text")
 
 
-def _decoded(text: str) -> str | None:
+def _decoded(text: str) -> bytes | None:
     """Return the configuration text that ``text`` encodes, or None where it is no base64 of one."""
     if re.fullmatch(r"[A-Za-z0-9_-]+={0,2}", text) is None:
         return None
+    bare = text.rstrip("=")
     try:
-        decoded = base64.urlsafe_b64decode(text.rstrip("=") + "=" * (-len(text.rstrip("=")) % 4)).decode("utf-8")
+        data = base64.urlsafe_b64decode(bare + "=" * (-len(bare) % 4))
+        decoded = data.decode("utf-8-sig")
     except (binascii.Error, UnicodeDecodeError):
         return None
     # A mistyped file name can decode to anything; only text with an object or a key in it is a configuration.
-    return decoded if decoded.lstrip().startswith("{") or ":" in decoded else None
+    return data if decoded.lstrip().startswith("{") or ":" in decoded else None
 
 
-def _read_file(path: Path) -> Document:
+def _status(path: Path) -> os.stat_result | None:
+    """Return what the system knows of ``path``; None where that cannot be a file."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.stat()
+    except PermissionError as error:
+        raise _unreadable(path, error) from error
+    except (OSError, ValueError):  # not there, too long for a file name, or a null byte: base64, or nonsense
+        return None
+
+
+def _expanded(path: Path) -> Path:
+    # Pathlib leaves ~ alone, and shells expand it only where it is not quoted. A file that is really called ~ wins.
+    if not str(path).startswith("~") or _status(path) is not None:
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:  # there is no such user: then it is just a name
+        return path
+
+
+def _not_found(given: str) -> ConfigError:
+    """Return the error for a path that is no file, with the nearest name there is."""
+    path = _expanded(Path(given))
+    where, fix = f"working directory {_working_directory()}", "check the path"
+    if str(path) != str(Path(given)):
+        where = _printable(str(path))
+    looks_encoded = len(given) > 64 and re.fullmatch(r"[\w+=-]+", given, re.ASCII) is not None
+    also = ", and the text is not base64 of a configuration either" if looks_encoded else ""
+    if given.startswith("file://"):
+        fix = "pass the path alone, without file://"
+    elif len(path.name) < 256 and "\0" not in given:
+        if not path.parent.is_dir():
+            fix = f"check the path: there is no folder {_printable(str(path.parent))}"
+        elif close := nearest(path.name, _names(path.parent)):
+            fix = f'did you mean "{_printable(str(Path(given).with_name(close)))}"?'
+    return ConfigError(f"file not found: {_printable(given)}{also}", where=where, fix=fix)
+
+
+def _working_directory() -> str:
+    try:
+        return _printable(str(Path.cwd()))
     except FileNotFoundError:
+        return "that was deleted"
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [entry.name for entry in itertools.islice(folder.iterdir(), 1000)]
+    except PermissionError:  # a folder may be open to those who know the name; then there is no nearest
+        return []
+
+
+def _read_file(given: str) -> Document:
+    path = _expanded(Path(given))
+    where = _printable(str(path))
+    status = _status(path)
+    if status is None:
+        raise _not_found(given)
+    if stat.S_ISDIR(status.st_mode):
         raise ConfigError(
-            f"file not found: {path}", where=f"working directory {Path.cwd()}", fix="check the path"
-        ) from None
+            "the file cannot be read: Is a directory", where=where, fix="pass the path of a file in that folder"
+        )
+    if not stat.S_ISREG(status.st_mode):  # reading may never end, or wait for somebody to write
+        raise ConfigError(
+            "this is a pipe, a socket or a device, not a file", where=where, fix="write the text to a file"
+        )
+    if status.st_size > MAX_BYTES:
+        raise too_large(f"the file has {status.st_size} bytes", where)
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)  # it may have grown, and files of /proc have no size
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if len(data) > MAX_BYTES:
+        raise too_large(f"the file has more than {MAX_BYTES} bytes", where)
+    return _document(_as_text(data, where), where)
+
+
+def _unreadable(path: Path, error: OSError) -> ConfigError:
+    fix = "check the path"
+    if isinstance(error, PermissionError):
+        fix = "give the user who runs this the right to read it"
+    return ConfigError(f"the file cannot be read: {error.strerror}", where=_printable(str(path)), fix=fix)
+
+
+def _as_text(data: bytes, where: str) -> str:
+    # The mark of UTF-32 begins with that of UTF-16.
+    for name, marks in (
+        ("UTF-32", (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
+        ("UTF-16", (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
+    ):
+        if data.startswith(marks):
+            raise ConfigError(f"the file is text in {name}, not in UTF-8", where=where, fix="save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"the file is not text in UTF-8: {error.reason} at byte {error.start}",
-            where=str(path),
-            fix="save it as UTF-8",
+            f"the file is not text in UTF-8: {error.reason} at byte {error.start}", where=where, fix="save it as UTF-8"
         ) from error
-    except OSError as error:
-        raise ConfigError(
-            f"the file cannot be read: {error.strerror}", where=str(path), fix="check the path"
-        ) from error
-    return _parse(text, str(path))
 
 
-def _too_deep(where: str) -> ConfigError:
-    return ConfigError(f"objects are nested more than {MAX_DEPTH} deep", where=where, fix="remove the nesting")
+def _document(text: str, where: str) -> Document:
+    parsed = parse(text, where)
+    return Document(copied(parsed.value, where=where), where, parsed.twice, text, parsed.is_plain_json)
 
 
-class _Object(dict[str, Any]):
-    """An object of a file, which remembers the keys it was given twice."""
-
-    def __init__(self, items: list[tuple[str, Any]]) -> None:
-        super().__init__(items)
-        self.twice = [key for key, count in Counter(key for key, _ in items).items() if count > 1]
-
-
-def _parse(text: str, where: str) -> Document:
-    try:
-        value, is_plain_json = _loads(text)
-    except RecursionError:
-        raise ConfigError(
-            f"objects are nested more than {MAX_DEPTH} deep", where=where, fix="remove the nesting"
-        ) from None
-    except ValueError as error:
-        raise ConfigError(f"this is neither JSON nor HJSON: {error}", where=where, fix="correct the syntax") from error
-    if not isinstance(value, _Object):
-        raise ConfigError(
-            f"a configuration must be one object {{ ... }}, got {show(value)}", where=where, fix="put it in braces"
-        )
-    return Document(copied(value, where=where), where, tuple(_given_twice(value, ())), text, is_plain_json)
-
-
-def _loads(text: str) -> tuple[Any, bool]:
-    try:
-        return json.loads(text, object_pairs_hook=_Object), True
-    except json.JSONDecodeError:
-        # Comments, unquoted keys, trailing commas. Only on demand: most files are plain JSON, which parses far faster.
-        import hjson
-
-        return hjson.loads(text, object_pairs_hook=_Object), False
-
-
-def _given_twice(value: Any, path: Keys) -> Iterator[Keys]:
-    if isinstance(value, _Object):
-        yield from ((*path, key) for key in value.twice)
-    items: Iterable[tuple[str | int, Any]] = value.items() if isinstance(value, _Object) else enumerate(value)
-    for place, item in items:
-        if isinstance(item, (_Object, list)):
-            yield from _given_twice(item, (*path, place))
+def _printable(text: str, limit: int = 200) -> str:
+    """Return the beginning of ``text``, with escapes for what a terminal cannot show."""
+    text = text[:limit]
+    return text if text.isprintable() else repr(text)[1:-1]

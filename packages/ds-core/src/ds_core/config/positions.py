@@ -1,0 +1,265 @@
+"""Where the keys of a JSON or HJSON text stand: a scanner that knows where values end, not what they mean.
+
+json and hjson parse, and keep no positions. This walks the text once, without recursion and in time linear in its
+length. It follows hjson's grammar; where it loses its way it stops, and what comes after has no place.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import re
+from dataclasses import dataclass, field
+
+__all__ = ["Keys", "Lines", "Place", "Scan", "scan"]
+
+Keys = tuple[str | int, ...]
+"""The way to a value: keys of objects and indexes of lists."""
+
+BLANK = re.compile(r"[ \t\n\r]+|#[^\r\n]*|//[^\r\n]*")
+STRING_STOP = re.compile(r"[\"'\\\x00-\x1f]")
+# Ends at the colon. Spaces may come before it, but not inside the key.
+BARE_KEY = re.compile(r"[^ \t\n\r:{}\[\],]+(?=[ \t\n\r]*:)")
+_ENDS_VALUE = r"(?=[,}\]#\r\n]|/[/*]|\Z)"
+# hjson's own definition of a number. What is neither of these is a string up to the end of the line.
+LITERAL = re.compile(
+    r"(?:(?:true|false|null)[^\S\r\n]*|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?[ \t]*)" + _ENDS_VALUE
+)
+JSON_CONSTANT = re.compile(r"(?:NaN|-?Infinity)[ \t]*" + _ENDS_VALUE)
+REST_OF_LINE = re.compile(r"[^\r\n]*")
+ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.DOTALL)
+ESCAPED = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+
+
+@dataclass(slots=True)
+class Place:
+    """Where one key stands (one value, in a list), and what is inside its value."""
+
+    offset: int
+    times: int = 1
+    """How often its object has the key."""
+    inside: dict[str | int, Place] = field(default_factory=dict)
+
+
+@dataclass
+class Scan:
+    """What one walk through a text found."""
+
+    root: Place
+    """The whole text; its ``inside`` holds the top-level keys."""
+    too_deep: int | None = None
+    """Offset of the first bracket beyond the depth asked for; the walk ended there."""
+    unclosed: int | None = None
+    """Offset of what is open at the end of the text: a comment, a string in ''', or else the innermost bracket."""
+    swallowed: int | None = None
+    """Offset of the first string without quotes that holds a closing bracket, which is text then."""
+    is_hjson: bool = False
+    """Whether something was seen that nobody writes by mistake: a comment, a key without quotes, single quotes."""
+
+    def find(self, keys: Keys) -> int | None:
+        """Return the offset of the key (of the value, for an index) that ``keys`` lead to, or None.
+
+        For a key given twice it is the second one. Keys below it are those of the last, which is the one that counts.
+        """
+        place = self.root
+        for key in keys:
+            found = place.inside.get(key)
+            if found is None:
+                return None
+            place = found
+        return place.offset
+
+
+class Lines:
+    """Line and column for offsets of one text.
+
+    >>> Lines("{\\n  a: 1\\n}").position(4)
+    (2, 3)
+    """
+
+    def __init__(self, text: str) -> None:
+        self._starts = [0, *(found.end() for found in re.finditer("\n", text))]
+
+    def position(self, offset: int) -> tuple[int, int]:
+        """Return the line and the column of ``offset``, both from 1."""
+        line = bisect.bisect_right(self._starts, offset)
+        return line, offset - self._starts[line - 1] + 1
+
+
+def scan(text: str, *, is_plain_json: bool = False, max_depth: int | None = None) -> Scan:
+    """Return what a walk through ``text`` found, as far as it came.
+
+    Args:
+        text: JSON or HJSON.
+        is_plain_json: JSON, where ``NaN`` and ``Infinity`` are numbers as Python writes them. In HJSON they begin a
+            string without quotes.
+        max_depth: objects and lists inside one another; the walk ends where there are more.
+
+    >>> scan("{a: {b: 1}}").find(("a", "b"))
+    5
+    """
+    scanner = _Scanner(text, is_plain_json, max_depth)
+    with contextlib.suppress(_Lost):  # a syntax error, which is the parser's to tell; what was found so far is right
+        scanner.walk()
+    return scanner.result
+
+
+class _Lost(Exception):  # noqa: N818 - how a walk ends, not an error that anybody sees
+    """The text does not go on as HJSON does."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """An object or list that is not closed yet."""
+
+    place: Place
+    start: int
+    closing: str
+    """``}`` or ``]``, or nothing for a root object without braces."""
+
+
+class _Scanner:
+    def __init__(self, text: str, is_plain_json: bool, max_depth: int | None) -> None:
+        self.text = text
+        self.is_plain_json = is_plain_json
+        self.max_depth = len(text) if max_depth is None else max_depth
+        self.open: list[_Open] = []
+        self.result = Scan(Place(0))
+
+    def walk(self) -> None:
+        text, result = self.text, self.result
+        at = self.skip(0)
+        if at == len(text):
+            return
+        if text[at] in "{[":
+            at = self.value(result.root, at)
+        else:
+            self.open.append(_Open(result.root, at, ""))
+        while self.open:
+            inner = self.open[-1]
+            at = self.skip(at)
+            if at == len(text):
+                result.unclosed = inner.start if inner.closing else None
+                return
+            if text[at] == inner.closing:
+                self.open.pop()
+                at = self.comma(at + 1)
+                continue
+            if inner.closing == "]":
+                place = Place(at)
+                inner.place.inside[len(inner.place.inside)] = place
+            else:
+                place, at = self.key(inner, at)
+            at = self.value(place, self.skip(at))
+
+    def skip(self, at: int) -> int:
+        """Return where the next thing that is neither space nor comment begins."""
+        text = self.text
+        while True:
+            found = BLANK.match(text, at)
+            if found:
+                self.result.is_hjson |= text[at] in "#/"
+                at = found.end()
+            elif text.startswith("/*", at):
+                self.result.is_hjson = True
+                end = text.find("*/", at + 2)
+                if end < 0:
+                    self.result.unclosed = at
+                    raise _Lost
+                at = end + 2
+            else:
+                return at
+
+    def comma(self, at: int) -> int:
+        if not self.open:  # behind the root
+            return at
+        at = self.skip(at)
+        return at + 1 if self.text.startswith(",", at) else at
+
+    def key(self, inner: _Open, at: int) -> tuple[Place, int]:
+        """Note the key at ``at``; return its place and where its value may begin, behind the colon."""
+        start = at
+        if self.text[at] in "\"'":
+            self.result.is_hjson |= self.text[at] == "'"
+            at = self.string(at)
+            name = _unescaped(self.text[start + 1 : at - 1])
+            at = self.skip(at)
+        else:
+            found = BARE_KEY.match(self.text, at)
+            if found is None:
+                raise _Lost
+            self.result.is_hjson = True
+            name, at = found.group(), self.skip_spaces(found.end())
+        if not self.text.startswith(":", at):
+            raise _Lost
+        earlier = inner.place.inside.get(name)
+        place = Place(start) if earlier is None else Place(start, earlier.times + 1)
+        if earlier is not None and earlier.times > 1:
+            place.offset = earlier.offset  # the second of many
+        inner.place.inside[name] = place
+        return place, at + 1
+
+    def skip_spaces(self, at: int) -> int:
+        # Behind a bare key, "#" would belong to the key: only spaces are between it and the colon.
+        while self.text[at] in " \t\n\r":
+            at += 1
+        return at
+
+    def value(self, place: Place, at: int) -> int:
+        """Return where to go on behind the value at ``at``; inside it, for an object or a list."""
+        text = self.text
+        first = text[at : at + 1]
+        if first in ("{", "["):
+            if len(self.open) >= self.max_depth:
+                self.result.too_deep = at
+                raise _Lost
+            self.open.append(_Open(place, at, "}" if first == "{" else "]"))
+            return at + 1
+        if text.startswith("'''", at):
+            self.result.is_hjson = True
+            end = text.find("'''", at + 3)
+            if end < 0:
+                self.result.unclosed = at
+                raise _Lost
+            return self.comma(end + 3)
+        if first in ('"', "'"):
+            self.result.is_hjson |= first == "'"
+            return self.comma(self.string(at))
+        if first in ("", "}", "]", ",", ":"):
+            raise _Lost
+        literal = LITERAL.match(text, at) or (JSON_CONSTANT.match(text, at) if self.is_plain_json else None)
+        if literal:
+            return self.comma(literal.end())
+        rest = REST_OF_LINE.match(text, at)
+        assert rest is not None  # it matches nothing, too
+        if self.result.swallowed is None and ("}" in rest.group() or "]" in rest.group()):
+            self.result.swallowed = at
+        return self.comma(rest.end())
+
+    def string(self, at: int) -> int:
+        """Return the end of the quoted string that begins at ``at``."""
+        quote = self.text[at]
+        at += 1
+        while True:
+            found = STRING_STOP.search(self.text, at)
+            if found is None:
+                raise _Lost
+            stop, at = found.group(), found.end()
+            if stop == quote:
+                return at
+            if stop == "\\":
+                at += 1
+            elif stop not in "\"'":
+                raise _Lost  # a control character
+
+
+def _unescaped(text: str) -> str:
+    if "\\" not in text:
+        return text
+
+    def replaced(found: re.Match[str]) -> str:
+        code, letter = found.groups()
+        return chr(int(code, 16)) if code else ESCAPED.get(letter, letter)
+
+    # Two halves of a pair are one character.
+    return ESCAPE.sub(replaced, text).encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
