@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from ds_core.config.batch import BatchSizes, resolve_batch
 from ds_core.config.config import Config
-from ds_core.config.face import DeepSpeedConfig
-from ds_core.config.loading import find_problems, load_config
+from ds_core.config.face import DeepSpeedConfig, DeepSpeedConfigWriter
+from ds_core.config.loading import Examined, examine, find_problems, load_config
 from ds_core.config.problems import Problem
 from ds_core.config.section import Count, DtypeName, Int, NotBuilt, Number, PositiveInt, Section, key
 from ds_core.config.sections.choices import CheckpointSection, PartitionSection, PrecisionSection
@@ -27,6 +27,8 @@ __all__ = [
     "Config",
     "ConfigError",
     "Problem",
+    "Examined",
+    "examine",
     "find_problems",
     "load_config",
     # what a plugin's own section is made of
@@ -58,4 +60,5 @@ __all__ = [
     # DeepSpeed's names
     "DeepSpeedConfig",
     "DeepSpeedConfigError",
+    "DeepSpeedConfigWriter",
 ]

@@ -17,6 +17,7 @@ from ds_core.config.section import AUTO, show
 if TYPE_CHECKING:
     from ds_core.config.config import Config
     from ds_core.config.sections.choices import ChoiceSection
+    from ds_core.config.sections.optimizer import OptimizerSection, SchedulerSection
 
 __all__ = ["check", "unresolved"]
 
@@ -115,6 +116,17 @@ def _no_zero_with_one_bit(config: Config) -> Iterator[Problem]:
         )
 
 
+def _arguments(section_name: str) -> Rule:
+    def rule(config: Config) -> Iterator[Problem]:
+        section: OptimizerSection | SchedulerSection | None = getattr(config, section_name)
+        if section is not None and section.params:
+            from ds_core.config.sections.arguments import argument_problems  # as many classes as all others together
+
+            yield from argument_problems(section_name, section.type, section.params)
+
+    return rule
+
+
 def _no_max_grad_norm(config: Config) -> Iterator[Problem]:
     if config.optimizer is not None and "max_grad_norm" in config.optimizer.params:
         yield Problem(
@@ -152,6 +164,8 @@ RULES: list[tuple[set[str], Rule]] = [
     ({"zero_optimization"}, _offload_ratio),
     ({"optimizer", "zero_optimization"}, _no_zero_with_one_bit),
     ({"optimizer"}, _no_max_grad_norm),
+    ({"optimizer"}, _arguments("optimizer")),
+    ({"scheduler"}, _arguments("scheduler")),
     ({"checkpoint"}, _plugin_names("checkpoint")),
     ({"precision"}, _plugin_names("precision")),
     ({"partition"}, _plugin_names("partition")),

@@ -183,6 +183,9 @@ def _sorted_out(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Section]
             problems.append(Problem(str(key), f"a key must be text, got {show(key)}", f'write it as "{key}"'))
         elif key == SCHEMA_KEY:
             continue
+        elif key not in Config.fields_by_key() and (value is None or value == AUTO):
+            # A section that is null is absent; one that nobody knows is told below, whatever its value.
+            foreign |= {} if key in catalog.RARE else {key: value}
         elif key in Config.fields_by_key():
             known[key] = value
         elif key in catalog.RARE:
@@ -199,14 +202,14 @@ def _sorted_out(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Section]
             if key not in own:
                 problems.append(unknown_key(Config, (key,), value, others=(*catalog.RARE, *own)))
                 continue
-            section, found = _section(catalog.plugin_section(key), key, value)
+            section, found = _section(catalog.plugin_section(key), key, {} if value in (None, AUTO) else value)
             problems += found
             further |= {key: section} if section is not None else {}
     return known, further, problems
 
 
 def _section(model: type[Section], name: str, value: Any) -> tuple[Section | None, list[Problem]]:
-    section, problems = validate(model, {} if value is None or value == AUTO else value, path=(name,))
+    section, problems = validate(model, value, path=(name,))
     if section is not None and section.comes_with and section.is_on() and not _is_carried_out(name):
         fix = f'remove "{name}"'
         if "enabled" in model.model_fields:
@@ -254,19 +257,23 @@ def _elastic(
     given: dict[str, Any], section: ElasticitySection, dp_world_size: int | None
 ) -> tuple[BatchSizes | None, list[Problem]]:
     """Return the sizes that ``elasticity`` chooses, where it can."""
-    from ds_core.config.elastic import ElasticityError, check_scheduler, elastic_sizes
+    from ds_core.config.elastic import ElasticityError, check_elasticity, check_scheduler, elastic_sizes
 
-    problems = check_scheduler(section, os.environ)
+    contradictions = check_elasticity(section)
+    problems = [*contradictions, *check_scheduler(section, os.environ)]
     if not section.ignore_non_elastic_batch_info:
         fix = 'remove it, or set "ignore_non_elastic_batch_info" of "elasticity" to true'
         problems += [
             Problem.at((key,), f"got {show(value)}, but elasticity.enabled is true and chooses the batch sizes", fix)
             for key, value in given.items()
         ]
+    if contradictions:
+        return None, problems
     try:
         plan = elastic_sizes(section, dp_world_size)
     except ElasticityError as error:
-        return None, [*problems, Problem.at(("elasticity",), error.what, error.fix)]
+        path, _, text = error.what.partition(": ")
+        return None, [*problems, Problem.at(tuple(path.split(".")), text, error.fix)]
     if plan.micro is None or plan.accumulation is None or dp_world_size is None:
         return None, problems
     return BatchSizes(plan.train, plan.micro, plan.accumulation, dp_world_size), problems
