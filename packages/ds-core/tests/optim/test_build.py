@@ -82,6 +82,22 @@ def test_adam_says_that_it_is_adamw(caplog):
     assert "weight_decay 0.1 acts on the weights" in caplog.messages[1]
 
 
+def test_adamw_stays_adamw_and_says_so(caplog):
+    with caplog.at_level(logging.WARNING, "ds_core"):
+        built = build_optimizer("AdamW", {"adam_w_mode": False, "torch_adam": True}, groups())
+        build_optimizer("AdamW", {"adam_w_mode": True}, groups())
+    assert type(built) is torch.optim.AdamW
+    [message] = caplog.messages
+    assert 'stays AdamW although "adam_w_mode" is false' in message
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_what_deepspeed_takes_and_torch_does_not(name):
+    build_optimizer(name, {"set_grad_none": True, "fp32_optimizer_states": False}, groups())
+    with pytest.raises(ConfigError, match="set_grad_none is false"):
+        build_optimizer(name, {"set_grad_none": False}, groups())
+
+
 def test_an_unknown_parameter_lists_the_known_ones():
     with pytest.raises(ConfigError) as caught:
         build_optimizer("AdamW", {"lr": 0.1, "learning_rate": 1, "beta": 2}, groups())

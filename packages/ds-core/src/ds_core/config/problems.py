@@ -134,6 +134,7 @@ def unknown_key(model: type[Section], path: Path, value: Any, *, others: Iterabl
     key = str(path[-1])
     keys = [*model.fields_by_key(), *others]
     homes = owners(key) if model.__module__.startswith("ds_core.config.") else []
+    homes = [home for home in homes if home != dotted(path[:-1])]  # an argument of another optimizer is no home
     close = nearest(key, keys)
     if homes and not (len(path) == 1 and "" in homes):
         fix = "it belongs " + " or ".join(f'under "{home}"' if home else "at the top level" for home in homes)

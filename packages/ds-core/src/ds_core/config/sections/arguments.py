@@ -1,0 +1,94 @@
+"""Which arguments ``optimizer.params`` and ``scheduler.params`` may hold, by the section's ``type``.
+
+They are checked before torch is loaded, and passed on to the constructor as they were written.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ds_core.config.problems import Problem, validate
+from ds_core.config.section import AUTO, Section
+from ds_core.config.sections.optimizer_arguments import (
+    AdagradArguments,
+    AdamArguments,
+    LambArguments,
+    LionArguments,
+    MuAdamArguments,
+    MuAdamWArguments,
+    MuonArguments,
+    MuSgdArguments,
+    OnebitAdamArguments,
+    OnebitLambArguments,
+    ZeroOneAdamArguments,
+)
+from ds_core.config.sections.schedule_arguments import (
+    LRRangeTestArguments,
+    OneCycleArguments,
+    WarmupCosineLRArguments,
+    WarmupDecayLRArguments,
+    WarmupLRArguments,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["ARGUMENTS", "argument_problems", "arguments_of"]
+
+ARGUMENTS: dict[tuple[str, str], type[Section]] = {
+    ("optimizer", "adam"): AdamArguments,
+    ("optimizer", "adamw"): AdamArguments,
+    ("optimizer", "adagrad"): AdagradArguments,
+    ("optimizer", "lamb"): LambArguments,
+    ("optimizer", "lion"): LionArguments,
+    ("optimizer", "muon"): MuonArguments,
+    ("optimizer", "onebitadam"): OnebitAdamArguments,
+    ("optimizer", "onebitlamb"): OnebitLambArguments,
+    ("optimizer", "zerooneadam"): ZeroOneAdamArguments,
+    ("optimizer", "muadam"): MuAdamArguments,
+    ("optimizer", "muadamw"): MuAdamWArguments,
+    ("optimizer", "musgd"): MuSgdArguments,
+    ("scheduler", "warmuplr"): WarmupLRArguments,
+    ("scheduler", "warmupdecaylr"): WarmupDecayLRArguments,
+    ("scheduler", "warmupcosinelr"): WarmupCosineLRArguments,
+    ("scheduler", "onecycle"): OneCycleArguments,
+    ("scheduler", "lrrangetest"): LRRangeTestArguments,
+}
+"""Section and type in lower case -> its arguments. All other types are torch's or a plugin's: their builder checks."""
+
+
+def arguments_of(section_name: str, type_name: str) -> type[Section] | None:
+    """Return the class of the arguments of ``type_name``, None for a type that is checked when it is built.
+
+    Args:
+        section_name: ``"optimizer"`` or ``"scheduler"``.
+        type_name: the section's ``type``, in any case.
+
+    >>> arguments_of("optimizer", "AdamW") is arguments_of("optimizer", "Adam")
+    True
+    """
+    return ARGUMENTS.get((section_name, type_name.lower()))
+
+
+ELSEWHERE = {("optimizer", "max_grad_norm")}
+"""Arguments that a rule of their own refuses."""
+
+
+def argument_problems(section_name: str, type_name: str, params: Mapping[str, Any]) -> list[Problem]:
+    """Return what is wrong with the ``params`` of a section; ``"auto"`` is left to whoever needs the value.
+
+    >>> [problem.path for problem in argument_problems("optimizer", "Adam", {"lr": "auto", "beta": [0.9, 0.99]})]
+    ['optimizer.params.beta']
+    """
+    model = arguments_of(section_name, type_name)
+    if model is None:
+        return []
+    given = {
+        name: value
+        for name, value in params.items()
+        if not (isinstance(value, str) and value == AUTO) and (section_name, name) not in ELSEWHERE
+    }
+    _, problems = validate(model, given, path=(section_name, "params"))
+    # A required key that is "auto" is not missing.
+    left_open = params.keys() - given.keys()
+    return [problem for problem in problems if left_open.isdisjoint(problem.keys[2:3])]
