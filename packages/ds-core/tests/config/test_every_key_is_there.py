@@ -58,6 +58,10 @@ OURS = {
     # torch's classes carry these out, and these arguments are theirs.
     "optimizer.params(adagrad).initial_accumulator_value",
     "optimizer.params(adagrad).lr_decay",
+    "optimizer.params(adagrad).foreach",
+    "optimizer.params(adagrad).maximize",
+    "optimizer.params(adagrad).differentiable",
+    "optimizer.params(adagrad).fused",
     "optimizer.params(adam).fused",
     "optimizer.params(adamw).fused",
 }
