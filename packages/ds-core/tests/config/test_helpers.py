@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import subprocess
+import sys
 from enum import Enum
 from typing import Any
 
@@ -14,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from ds_core.config.helpers import (
+from ds_core.config import (
+    ConfigError,
     DeepSpeedConfigModel,
     DeepSpeedConfigObject,
     ScientificNotationEncoder,
@@ -25,7 +28,6 @@ from ds_core.config.helpers import (
     get_scalar_param,
     pp_int,
 )
-from ds_core.errors import ConfigError
 
 
 class Device(Enum):
@@ -280,3 +282,15 @@ def test_duplicate_keys_are_named() -> None:
     assert load('{"a": {"a": 1}, "b": 2}') == {"a": {"a": 1}, "b": 2}
     with pytest.raises(ConfigError, match="keys given twice in one object: a, c\n"):
         load('{"x": {"a": 1, "b": 2, "a": 3, "c": 1, "c": 1}}')
+
+
+def test_they_are_imported_on_use() -> None:
+    program = (
+        "import sys, ds_core.config\n"
+        "here = [name for name in ('helpers', 'inference_loading') if f'ds_core.config.{name}' in sys.modules]\n"
+        "print(here, set(ds_core.config.__all__) <= set(dir(ds_core.config)))\n"
+        "for name in ds_core.config.__all__: getattr(ds_core.config, name)\n"
+        "print('torch' in sys.modules, hasattr(ds_core.config, 'zork'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.stderr) == ("[] True\nFalse False\n", "")

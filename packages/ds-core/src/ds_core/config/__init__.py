@@ -7,6 +7,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ds_core.config.batch import BatchSizes, resolve_batch
 from ds_core.config.config import Config
 from ds_core.config.face import DeepSpeedConfig, DeepSpeedConfigWriter
@@ -20,7 +23,34 @@ from ds_core.config.sections.precision import Bf16Section, DataTypesSection, Fp1
 from ds_core.config.sections.zero import OffloadOptimizerSection, OffloadParamSection, ZeroSection
 from ds_core.errors import ConfigError
 
+if TYPE_CHECKING:
+    from ds_core.config.helpers import (
+        DeepSpeedConfigModel,
+        DeepSpeedConfigObject,
+        ScientificNotationEncoder,
+        dict_raise_error_on_duplicate_keys,
+        get_config_default,
+        get_dict_param,
+        get_list_param,
+        get_scalar_param,
+        pp_int,
+    )
+    from ds_core.config.inference_loading import load_inference_config
+
 DeepSpeedConfigError = ConfigError
+
+# Imported on first use: training needs none of them.
+_ON_USE = {
+    "load_inference_config": "inference_loading",
+    **dict.fromkeys(
+        (
+            *("DeepSpeedConfigModel", "DeepSpeedConfigObject", "ScientificNotationEncoder"),
+            *("dict_raise_error_on_duplicate_keys", "get_config_default", "get_dict_param", "get_list_param"),
+            *("get_scalar_param", "pp_int"),
+        ),
+        "helpers",
+    ),
+}
 
 __all__ = [
     # loading
@@ -60,5 +90,27 @@ __all__ = [
     # DeepSpeed's names
     "DeepSpeedConfig",
     "DeepSpeedConfigError",
+    "DeepSpeedConfigModel",
+    "DeepSpeedConfigObject",
     "DeepSpeedConfigWriter",
+    "ScientificNotationEncoder",
+    "dict_raise_error_on_duplicate_keys",
+    "get_config_default",
+    "get_dict_param",
+    "get_list_param",
+    "get_scalar_param",
+    "load_inference_config",
+    "pp_int",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_ON_USE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
