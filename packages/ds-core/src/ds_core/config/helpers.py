@@ -162,7 +162,7 @@ def get_config_default(config: type[BaseModel], field_name: str) -> Any:
         raise ConfigError(
             f"{config.__name__}.{field_name} must be given, so it has no default", where="get_config_default"
         )
-    return info.get_default(call_default_factory=True, validated_data={})
+    return info.get_default(call_default_factory=True)
 
 
 def get_scalar_param(param_dict: Mapping[str, Any], param_name: str, param_default_value: Any) -> Any:
