@@ -35,7 +35,6 @@ SCALARS = {
     "max_reuse_distance": 1e9,
     "stage3_gather_16bit_weights_on_model_save": False,
     "gather_16bit_weights_on_model_save": False,
-    "stage3_gather_fp16_weights_on_model_save": False,
     "stage3_module_granularity_threshold": 0,
     "module_granularity_threshold": 0,
     "stage3_use_all_reduce_for_fetch_params": False,
@@ -83,15 +82,6 @@ def test_overlap_follows_the_stage_unless_given(stage: Any, overlap: bool) -> No
     assert section.overlap_comm is overlap
     assert section.model_fields_set == {"stage"}
     assert zero(stage=stage, overlap_comm=not overlap).overlap_comm is not overlap
-
-
-@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
-def test_cpu_offload(key: str) -> None:
-    old = key.replace("offload_optimizer", "cpu_offload").replace("offload_param", "cpu_offload_param")
-    assert zero(**{old: True}) == zero(**{key: {"device": "cpu"}})
-    for nothing in (False, "auto"):
-        assert zero(**{old: nothing}) == zero()
-    assert zero(cpu_offload_use_pin_memory=True) == zero()
 
 
 @pytest.mark.parametrize("value", [{"cpu_offload": 1}, {"cpu_offload_use_pin_memory": "yes"}])
