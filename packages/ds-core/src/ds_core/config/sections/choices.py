@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
-from ds_core.config.section import NoEffect, NotBuilt, Section, show
+from ds_core.config.section import NoEffect, NotBuilt, PositiveInt, Section, key, show
 
-__all__ = ["CheckpointSection", "ChoiceSection", "ParallelWriteSection", "PartitionSection", "PrecisionSection"]
+__all__ = [
+    "CheckpointSection",
+    "ChoiceSection",
+    "ParallelWriteSection",
+    "PartitionSection",
+    "PrecisionSection",
+    "WriterSection",
+]
 
 
 class ChoiceSection(Section):
@@ -42,6 +49,40 @@ class ParallelWriteSection(Section):
     """Spread the layers of a pipeline stage over its data-parallel ranks."""
 
 
+def _upper(value: Any) -> Any:
+    return value.upper() if isinstance(value, str) else value
+
+
+class WriterSection(Section):
+    """DeepSpeed's fast writers of checkpoint files; there, an object turns them on, whatever is in it."""
+
+    source = "spec/core.md 2.14, spec/checkpoint.md 12"
+
+    type: Annotated[Literal["FAST", "PYTHON", "MOCK"], BeforeValidator(_upper)] = "FAST"
+    """Past the system's cache (``FAST``), through Python's files (``PYTHON``), or nowhere (``MOCK``); any case."""
+    io_buffer_bytes: PositiveInt = key("io_buffer_size", default=64 * 1024 * 1024)
+    """Bytes of a buffer between the device and the file."""
+    io_buffer_double: bool = True
+    """Use two buffers in turn, so that filling one overlaps with writing the other."""
+    show_statistics: bool = False
+    """Print numbers about each file."""
+    data_parallel: Annotated[Literal["REPLICA", "SOCKET", "MACHINE"] | None, BeforeValidator(_upper)] = None
+    """Which data-parallel ranks write: all (``REPLICA``), one per CPU socket, or one per machine; any case. Null: the
+    first."""
+    decoupled: bool = False
+    """Write from a process of its own while training goes on."""
+    io_multiplier: PositiveInt = 1
+    """Factor of the number of parallel writers that a file is divided for."""
+
+    def is_on(self) -> bool:
+        """Return whether any key was given."""
+        return bool(self.model_fields_set)
+
+
+def _unless_empty(writer: WriterSection | None) -> WriterSection | None:
+    return writer if writer is not None and writer.is_on() else None
+
+
 def _titled(value: Any) -> Any:
     return value.capitalize() if isinstance(value, str) else value
 
@@ -49,6 +90,7 @@ def _titled(value: Any) -> Any:
 class CheckpointSection(ChoiceSection):
     """How ``save_checkpoint`` and ``load_checkpoint`` work; options of an engine are in the sub-section of its name."""
 
+    source = "spec/core.md 2.14"
     seam = "checkpoint"
 
     engine: Annotated[str, Field(min_length=1)] = "plain"
@@ -63,7 +105,7 @@ class CheckpointSection(ChoiceSection):
     """Which ranks write what every data-parallel rank holds."""
     checkpoint_serialization: Annotated[bool, NotBuilt(True)] = True
     """The zip format of ``torch.save``."""
-    writer: Annotated[dict[str, Any] | None, NotBuilt(None, {})] = None
+    writer: Annotated[WriterSection | None, AfterValidator(_unless_empty), NotBuilt(None, {})] = None
     """DeepSpeed's fast writers."""
 
     @property
