@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -55,6 +56,45 @@ def check(
         for result in results:
             _print_check(result)
     raise typer.Exit(0 if all(result["ok"] for result in results) else 1)
+
+
+@app.command()
+def explain(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="JSON or HJSON.")],
+    world: World = None,
+    compatible: Compatible = None,
+    all_keys: Annotated[bool, typer.Option("--all", help="Also sections that are off, with all their keys.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show every effective value and where it came from. Exits with 1 if there are problems, which are shown too."""
+    from ds_core.cli import explanation as shown
+    from ds_core.config.explain import explain as explained
+    from ds_core.config.loading import examine
+
+    examined = examine(file, dp_world_size=world, compatible=compatible)
+    found = explained(examined, all_keys=all_keys)
+    if as_json:
+        import json
+
+        result = {"file": file, "ok": not examined.problems, **_findings(examined), **shown.as_json(found)}
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        for problem in _findings(examined)["problems"]:
+            _print_finding(file, problem)
+        count = len(examined.problems)
+        _print_heading(f"{file}: {_problems(count) if count else _summary(examined)}")
+        typer.echo()
+        for line, is_heading in shown.lines(found, shutil.get_terminal_size().columns):
+            (_print_heading if is_heading else typer.echo)(line)
+    raise typer.Exit(1 if examined.problems else 0)
+
+
+def _problems(count: int) -> str:
+    return f"{count} problem{'' if count == 1 else 's'}"
+
+
+def _print_heading(text: str) -> None:
+    typer.secho(text, bold=True)
 
 
 def _checked(file: str, world: int | None, compatible: bool | None) -> dict[str, Any]:
@@ -138,7 +178,7 @@ def _print_check(result: dict[str, Any]) -> None:
     if result["ok"]:
         typer.echo(f"{result['file']}: ok: {result['is']}")
     elif len(result["problems"]) > 1:
-        typer.echo(f"{result['file']}: {len(result['problems'])} problems")
+        typer.echo(f"{result['file']}: {_problems(len(result['problems']))}")
 
 
 def _print_finding(file: str, finding: dict[str, Any], before: str = "") -> None:

@@ -1,0 +1,127 @@
+"""An :class:`~ds_core.config.explain.Explanation` as lines of text and as JSON.
+
+Text of our own instead of a table of rich's: a value too long for its column gets lines of the full width, where a
+table would break it into a tower.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from ds_core.config.problems import dotted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ds_core.config.explain import Explanation, Group
+    from ds_core.config.origins import Setting
+
+__all__ = ["as_json", "heading", "lines", "written"]
+
+WIDEST_KEY = 42
+WIDEST_VALUE = 24
+NARROWEST_ORIGIN = 22
+GAP = "  "
+
+
+def written(value: Any) -> str:
+    """Return ``value`` as JSON, whole; what JSON does not have as Python writes it.
+
+    >>> written((1, None))
+    '[1, null]'
+    """
+    return json.dumps(value, ensure_ascii=False, default=repr)
+
+
+def heading(group: Group) -> str:
+    """Return the line above a section's values."""
+    name = group.name or "(top level)"
+    return f"{name} ({group.state})" if group.state else name
+
+
+def lines(explanation: Explanation, width: int) -> Iterator[tuple[str, bool]]:
+    """Yield the lines of ``explanation``, and whether each is a heading; none is longer than ``width``.
+
+    Args:
+        explanation: what to print.
+        width: columns of the terminal; 60 at least are used.
+    """
+    width = max(width, 60)
+    for group in explanation.groups:
+        if group.settings:
+            yield heading(group), True
+            yield from ((line, False) for line in _table(group, width))
+            yield "", False
+    if explanation.off:
+        yield "Off, or all at the defaults (--all lists them)", True
+        yield from ((line, False) for line in _folded(", ".join(explanation.off), width, "  "))
+        yield "", False
+    if explanation.notes:
+        yield "Notes", True
+        for note in explanation.notes:
+            yield from ((line, False) for line in _folded(str(note), width, "    ", first="  - "))
+
+
+def _table(group: Group, width: int) -> Iterator[str]:
+    rows = [
+        (_key(setting, group), "" if _is_blank(setting) else written(setting.value), setting.origin)
+        for setting in group.settings
+    ]
+    key_width = min(max(len(key) for key, _, _ in rows), WIDEST_KEY)
+    room = width - 2 - key_width - 2 * len(GAP)
+    value_width = min(max(len(value) for _, value, _ in rows), WIDEST_VALUE, max(room - NARROWEST_ORIGIN, 8))
+    for key, value, origin in rows:
+        is_long = len(value) > value_width
+        yield from _row(key, "" if is_long else value, origin, (key_width, value_width, room - value_width))
+        if is_long:
+            yield from _folded(value, width, "    ")
+
+
+def _row(key: str, value: str, origin: str, widths: tuple[int, int, int]) -> Iterator[str]:
+    key_width, value_width, origin_width = widths
+    keys = textwrap.wrap(key, key_width, subsequent_indent="  ", break_on_hyphens=False)
+    origins = textwrap.wrap(origin, origin_width, break_on_hyphens=False)
+    for index in range(max(len(keys), len(origins))):
+        cells = (
+            (keys[index] if index < len(keys) else "").ljust(key_width),
+            (value if index == 0 else "").ljust(value_width),
+            origins[index] if index < len(origins) else "",
+        )
+        yield f"  {GAP.join(cells)}".rstrip()
+
+
+def _key(setting: Setting, group: Group) -> str:
+    return dotted(setting.keys[1:]) if group.name and len(setting.keys) > 1 else setting.path
+
+
+def _is_blank(setting: Setting) -> bool:
+    return setting.kind == "open" and setting.value is None
+
+
+def _folded(text: str, width: int, indent: str, *, first: str | None = None) -> list[str]:
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=indent if first is None else first,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+    )
+
+
+def as_json(explanation: Explanation) -> dict[str, Any]:
+    """Return ``explanation`` as JSON can hold it; problems are left to the caller."""
+    return {
+        "settings": [
+            {"path": setting.path, "value": _plain(setting.value), "kind": setting.kind, "origin": setting.origin}
+            for setting in explanation.settings
+        ],
+        "off": list(explanation.off),
+        "notes": [{"kind": note.kind, "path": note.path, "text": note.text} for note in explanation.notes],
+    }
+
+
+def _plain(value: Any) -> Any:
+    # JSON has no infinity.
+    return json.loads(written(value), parse_constant=str)

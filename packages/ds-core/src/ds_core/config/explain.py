@@ -1,0 +1,229 @@
+"""``explain`` tells every effective value of a configuration and where it came from (P05)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ds_core.config import catalog
+from ds_core.config.config import BatchKeys, Config
+from ds_core.config.effects import SWITCHES
+from ds_core.config.migrate import migrate
+from ds_core.config.notes import Note, notes_of
+from ds_core.config.origins import Origins, Setting, is_open
+from ds_core.config.problems import sections_of, validate
+from ds_core.config.section import AUTO, Section
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ds_core.config.loading import Examined
+    from ds_core.config.problems import Problem
+
+__all__ = ["Explanation", "Group", "explain"]
+
+TRAIN, MICRO, ACCUMULATION = BATCH = tuple(BatchKeys.model_fields)
+AS_WRITTEN = "has problems; as written"
+
+
+@dataclass(frozen=True)
+class Group:
+    """A section, or the keys at the top level."""
+
+    name: str
+    """Its key, empty for the top level."""
+    settings: tuple[Setting, ...]
+    """Every value in it; of a section that is off, unless all were asked for, only those that were written."""
+    state: str = ""
+    """Why its values do nothing, or are shown as they were written; empty where they hold."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Every effective value of a configuration, and what to know about it."""
+
+    where: str
+    """What is explained: ``config dict``, ``base64 text``, or the path of the file."""
+    groups: tuple[Group, ...]
+    """The values: the top level first, then sections that were given or are on."""
+    off: tuple[str, ...]
+    """Sections that were not given, which are off or all at their defaults."""
+    notes: tuple[Note, ...]
+    """Deprecated and dropped keys, keys without effect, and what ``initialize`` will need."""
+    problems: tuple[Problem, ...]
+    """Everything wrong with the configuration."""
+
+    @property
+    def settings(self) -> Iterator[Setting]:
+        """All values, in order."""
+        for group in self.groups:
+            yield from group.settings
+
+
+def explain(examined: Examined, *, all_keys: bool = False) -> Explanation:
+    """Return every effective value of ``examined`` with its origin.
+
+    Args:
+        examined: what ``ds_core.config.loading.examine`` returned. Its ``dp_world_size`` decides whether the batch
+            sizes that were left out are shown.
+        all_keys: also the sections that are off, with all their keys.
+
+    >>> from ds_core.config.loading import examine
+    >>> explanation = explain(examine({"train_batch_size": 8, "gradient_accumulation_steps": 2}, dp_world_size=2))
+    >>> [setting.origin for setting in explanation.settings][:3]
+    ['caller', 'derived: 8 / (2 x 2 ranks)', 'caller']
+    """
+    config, origins = examined.config, Origins(examined)
+    raw = origins.kept(migrate(examined.document.raw)[0], ())
+    groups = [Group("", tuple(_top_level(examined, raw, origins)))]
+    off = []
+    for name in _section_names(config):
+        if raw.get(name) in (None, AUTO) and not all_keys and not _is_on(config, name):
+            off.append(name)
+        else:
+            groups += _group(examined, name, raw.get(name), origins, all_keys)
+    notes = notes_of(examined, origins, groups)
+    return Explanation(examined.document.where, tuple(groups), tuple(off), tuple(notes), examined.problems)
+
+
+def _section_names(config: Config) -> list[str]:
+    declared = list(sections_of(Config))
+    return [*declared, *sorted({*catalog.RARE, *config.sections} - {*declared})]
+
+
+def _is_on(config: Config, name: str) -> bool:
+    section = config.sections.get(name)
+    # A precision is also on where precision.type names it.
+    return section is not None and (section.is_on() or config.precision.type == name)
+
+
+def _group(examined: Examined, name: str, raw: Any, origins: Origins, all_keys: bool) -> Iterator[Group]:
+    config = examined.config
+    section = config.section(name)
+    if _is_broken(examined.problems, name, section, raw):
+        yield Group(name, tuple(origins.as_written(raw, (name,))), AS_WRITTEN)
+        return
+    if section is None:  # an optional one that was not given
+        return
+    settings = list(origins.section(section, raw, (name,), (name,)))
+    if name in ("optimizer", "scheduler"):
+        settings = list(_arguments(settings, section, raw, origins))
+    state = _why_off(config, name, section)
+    if state and not all_keys:
+        settings = [setting for setting in settings if setting.kind != "default" or setting.origin != "default"]
+    yield Group(name, tuple(_derived(setting, config) for setting in settings), state)
+
+
+def _is_broken(problems: tuple[Problem, ...], name: str, section: Section | None, raw: Any) -> bool:
+    """Return whether section ``name`` is not what was written, because that is not valid by itself."""
+    if raw in (None, AUTO) or not any(_top(problem) == name for problem in problems):
+        return False
+    model = type(section) if section is not None else sections_of(Config)[name]
+    return validate(model, raw)[0] is None
+
+
+def _top(problem: Problem) -> str:
+    return str(problem.keys[0]) if problem.keys else problem.path.partition(".")[0]
+
+
+def _why_off(config: Config, name: str, section: Section) -> str:
+    has_switch = not {*SWITCHES}.isdisjoint(type(section).model_fields)
+    if _is_on(config, name) or not (has_switch or section.comes_with):
+        return ""
+    return section.why_off() or "off"
+
+
+def _derived(setting: Setting, config: Config) -> Setting:
+    if setting.keys == ("zero_optimization", "overlap_comm") and setting.kind in ("default", "derived"):
+        return replace(setting, kind="derived", origin=f"derived: stage {config.zero_optimization.stage}")
+    return setting
+
+
+def _arguments(settings: list[Setting], section: Any, raw: Any, origins: Origins) -> Iterator[Setting]:
+    """Yield ``settings`` of an optimizer or a schedule, with the arguments its constructor fills in."""
+    from ds_core.config.sections.arguments import arguments_of
+
+    name = str(settings[0].keys[0])
+    model = arguments_of(name, section.type)
+    given = section.params if isinstance(raw, Mapping) else {}
+    for setting in settings:
+        if setting.keys[1] != "params":
+            yield origins.open(setting.keys, setting.value, "needs a value") if is_open(setting.value) else setting
+    for key, value in given.items():
+        yield _argument((name, "params", str(key)), value, origins)
+    if model is None:
+        if not given:
+            yield from (setting for setting in settings if setting.keys[1] == "params")
+        return
+    written = {model.fields_by_key().get(key) for key in given}
+    for field, info in model.model_fields.items():
+        if field not in written and not info.is_required():
+            keys = (name, "params", info.serialization_alias or field)
+            yield Setting(keys, info.get_default(call_default_factory=True), "default", "default")
+
+
+def _argument(keys: tuple[str, str, str], value: Any, origins: Origins) -> Setting:
+    return origins.open(keys, value, "needs a value") if is_open(value) else origins.written(keys, value)
+
+
+def _top_level(examined: Examined, raw: Mapping[str, Any], origins: Origins) -> Iterator[Setting]:
+    """Yield the settings of the keys that are no section, the batch sizes first."""
+    yield from _batch(examined, raw, origins)
+    wrong = {_top(problem) for problem in examined.problems}
+    for key, info in Config.model_fields.items():
+        if key in BATCH or key in sections_of(Config):
+            continue
+        value = getattr(examined.config, key)
+        if key not in raw:
+            yield Setting((key,), value, "default", "default")
+        elif key in wrong:
+            yield origins.open((key,), raw[key], "has a problem")
+        elif raw[key] == AUTO or (raw[key] is None and info.get_default() is not None):
+            why = 'for "auto"' if raw[key] == AUTO else "for null"
+            yield Setting((key,), value, "default", f"default, {why}")
+        else:
+            yield origins.written((key,), value)
+
+
+def _batch(examined: Examined, raw: Mapping[str, Any], origins: Origins) -> Iterator[Setting]:
+    config, world = examined.config, examined.dp_world_size
+    given = {key: raw[key] for key in BATCH if raw.get(key) is not None}
+    elasticity = config.sections.get("elasticity")
+    is_elastic = elasticity is not None and elasticity.is_on()
+    wrong = {_top(problem) for problem in examined.problems} & {*BATCH, *(["elasticity"] if is_elastic else [])}
+    lacks = "has a problem" if wrong - {key for key in given if given[key] == AUTO} else ""
+    if not lacks and AUTO in given.values():
+        lacks = 'waits for "auto"'
+    elif not lacks and not is_elastic and not {TRAIN, MICRO} & given.keys():
+        lacks = "needs a number"
+    elif not lacks and world is None:
+        lacks = "needs --world"
+    for key in BATCH:
+        if given.get(key) == AUTO:
+            yield origins.open((key,), AUTO, "needs a number")
+        elif key in wrong and key in given:
+            yield origins.open((key,), given[key], "has a problem")
+        elif key in given and not is_elastic:
+            # Without a world the configuration only has fillers.
+            yield origins.written((key,), getattr(BatchKeys.model_validate({key: given[key]}), key))
+        elif key == ACCUMULATION and len(given) == 1 and lacks in ("", "needs --world") and not is_elastic:
+            yield Setting((key,), 1, "default", "default")
+        elif lacks:
+            yield Setting((key,), None, "open", lacks)
+        elif is_elastic:
+            instead = f", not {origins.place((key,))}" if key in given else ""
+            yield Setting((key,), getattr(config, key), "derived", f"derived: elasticity{instead}")
+        else:
+            yield Setting((key,), getattr(config, key), "derived", f"derived: {_equation(config, key, given, world)}")
+
+
+def _equation(config: Config, key: str, given: Mapping[str, Any], world: int | None) -> str:
+    """Return what the batch size ``key`` was computed from, in numbers."""
+    train, micro, accumulation = (getattr(config, name) for name in BATCH)
+    ranks = f"{world} rank{'' if world == 1 else 's'}"
+    if key == TRAIN:
+        return f"{micro} x {accumulation} x {ranks}"
+    if key == ACCUMULATION:
+        return f"{train} / ({micro} x {ranks})"
+    return f"{train} / ({accumulation} x {ranks})" if ACCUMULATION in given else f"{train} / {ranks}"

@@ -1,0 +1,102 @@
+"""What to know about a configuration beside its values; the last part of ``ds config explain``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from ds_core.config.effects import without_effect
+from ds_core.config.origins import is_open
+from ds_core.config.problems import dotted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ds_core.config.config import Config
+    from ds_core.config.explain import Group
+    from ds_core.config.loading import Examined
+    from ds_core.config.origins import Origins
+
+__all__ = ["Note", "notes_of"]
+
+
+@dataclass(frozen=True)
+class Note:
+    """One thing to know."""
+
+    kind: Literal["deprecated", "ignored", "no effect", "hint", "package"]
+    """Its kind."""
+    path: str
+    """Dotted path of the key it is about, empty where it is about none."""
+    text: str
+    """The rest of the sentence that begins with the path, or a sentence."""
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.text}" if self.path else self.text
+
+
+def notes_of(examined: Examined, origins: Origins, groups: Sequence[Group]) -> Iterator[Note]:
+    """Yield the notes about ``examined``, whose values are in ``groups``."""
+    config, document = examined.config, examined.document
+    for row in examined.renamed:
+        place = document.position(row.old)
+        at = "" if place is None else f" (line {place[0]})"
+        yield Note("deprecated", dotted(row.old), f"is deprecated{at}: {row.text}")
+    for problem in examined.warnings:
+        at = "" if problem.place is None else f" (line {problem.place[0]})"
+        yield Note("ignored", problem.path, f"ignored, as DeepSpeed does{at}: {problem.text}")
+    # The heading of a section that is off says it for all its keys.
+    quiet = {group.name for group in groups if group.state}
+    for path, why in without_effect(config).items():
+        if path not in config.ignored and path.partition(".")[0] not in quiet:
+            yield Note("no effect", path, why)
+    yield from _hints(config, groups)
+    for needed_by, package in _missing_packages(config):
+        yield Note("package", needed_by, f"initialize needs {package}, which is not installed: pip install {package}")
+
+
+def _hints(config: Config, groups: Sequence[Group]) -> Iterator[Note]:
+    autos = [
+        setting.path
+        for group in groups
+        for setting in group.settings
+        if setting.kind == "open" and is_open(setting.value) and not group.state
+    ]
+    if autos:
+        what = '"auto" is left here; write values, or let the client that calls initialize fill them in'
+        yield Note("hint", ", ".join(autos), what)
+    if config.scheduler is not None and config.optimizer is None:
+        yield Note("hint", "", "a scheduler is configured and no optimizer: pass optimizer= to initialize")
+    clip = next(setting for setting in groups[0].settings if setting.path == "gradient_clipping")
+    if clip.kind == "default":
+        yield Note("hint", "", f"gradients are clipped at norm {clip.value}, the default; gradient_clipping sets it")
+
+
+def _missing_packages(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield what names a plugin of a known package that is not installed, and the package."""
+    from ds_core import registry  # slow to import
+    from ds_core._packages import PACKAGE_OF_PLUGIN
+
+    for seam, name, needed_by in _plugins(config):
+        package = PACKAGE_OF_PLUGIN.get((seam, name))
+        if package is not None and name not in registry.names(seam):
+            yield needed_by, package
+
+
+def _plugins(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Yield the plugins that ``initialize`` will look up: seam, name, and the key that asks for it."""
+    if config.precision.type is not None:
+        yield "precision", config.precision.type, "precision.type"
+    else:
+        yield from (
+            ("precision", name, f"{name}.enabled")
+            for name in ("fp16", "bf16", "torch_autocast")
+            if config.enables(name)
+        )
+    if config.partition.type is not None:
+        yield "partition", config.partition.type, "partition.type"
+    elif config.zero_optimization.stage > 0:
+        yield "partition", str(config.zero_optimization.stage), "zero_optimization.stage"
+    yield "checkpoint", config.checkpoint.engine, "checkpoint.engine"
+    if config.optimizer is not None:
+        yield "optimizer", config.optimizer.type.lower(), "optimizer.type"
