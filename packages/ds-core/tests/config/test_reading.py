@@ -49,14 +49,16 @@ def test_any_mapping() -> None:
 
 def test_values_that_cannot_be_copied_are_shared() -> None:
     lock = threading.Lock()
-    config = load_config({"train_batch_size": 1, "optimizer": {"type": "Adam", "params": {"lock": lock}}})
-    assert config.raw["optimizer"]["params"]["lock"] is lock
+    assert (
+        read({"train_batch_size": 1, "optimizer": {"params": {"lock": lock}}}).raw["optimizer"]["params"]["lock"]
+        is lock
+    )
 
 
 def test_tuples_stay_tuples() -> None:
-    config = load_config({"train_batch_size": 1, "optimizer": {"type": "Adam", "params": {"betas": (0.9, 0.95)}}})
-    assert config.optimizer is not None
-    assert config.optimizer.params["betas"] == (0.9, 0.95)
+    assert read({"optimizer": {"params": {"betas": (0.9, [0.95])}}}).raw == {
+        "optimizer": {"params": {"betas": (0.9, [0.95])}}
+    }
 
 
 @pytest.mark.parametrize("as_text", [True, False])
@@ -118,7 +120,7 @@ def test_duplicate_keys_in_any_object(tmp_path: Path) -> None:
             ("optimizer", "params", "a", 0, "lr"),
         )
         assert document.raw["optimizer"]["params"]["a"] == [{"lr": 3}]
-        assert [problem.keys for problem in find_problems(source)] == list(document.twice)
+        assert {problem.keys for problem in find_problems(source)} >= set(document.twice)
     # The second of three.
     assert read(path).position(("optimizer", "params", "a", 0, "lr")) == (2, text.splitlines()[1].index('"lr": 2') + 1)
 

@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from ds_core.config.positions import Keys, Lines, Scan, scan
 from ds_core.config.section import show
@@ -133,28 +133,40 @@ def _float(text: str) -> float:
     return value
 
 
+HOOKS: dict[str, Any] = {"object_pairs_hook": _Object, "parse_int": _int, "parse_float": _float}
+
+
 def _value(text: str, where: str) -> tuple[Any, bool]:
     """Return the value that ``text`` is, and whether it is JSON."""
-    hooks: dict[str, Any] = {"object_pairs_hook": _Object, "parse_int": _int, "parse_float": _float}
     try:
-        return json.loads(text, **hooks), True
+        return json.loads(text, **HOOKS), True
     except RecursionError:
         raise too_deep(where) from None
     except (json.JSONDecodeError, _BadNumber) as error:
         of_json = error  # HJSON may still take it: a string without quotes can begin like a number
     if _effort(text) > MAX_EFFORT:
-        _refuse(text, where, of_json, None)
+        raise _refusal(text, where, of_json, None)
 
     # Comments, keys without quotes, trailing commas. Only on demand: most files are JSON, which parses far faster.
     import hjson
 
     try:
         # The line break in front: hjson looks back for one from each ''', and past the beginning if there is none.
-        return hjson.loads("\n" + text, **hooks), False
+        return hjson.loads("\n" + text, **HOOKS), False
     except RecursionError:
         raise too_deep(where) from None
     except (hjson.HjsonDecodeError, IndexError, _BadNumber) as error:
-        _refuse(text, where, of_json, error)
+        of_hjson = error
+    root = scan(text).root.offset
+    if root < len(text) and text[root] not in "{[":
+        # A root without braces that fails is tried again as a single value, and that error says nothing of the first.
+        try:
+            hjson.loads(f"{text[:root]}{{\n{text[root:]}\n}}", **HOOKS)
+        except (hjson.HjsonDecodeError, IndexError, _BadNumber) as error:
+            of_hjson = error
+            if isinstance(error, hjson.HjsonDecodeError):
+                error.pos -= 1  # two characters went in, not one
+    raise _refusal(text, where, of_json, of_hjson)
 
 
 def _effort(text: str) -> int:
@@ -166,8 +178,10 @@ def _effort(text: str) -> int:
     return sum(len(line) * (sum(map(line.count, ",}]#/")) + 10 * line.count("'''")) for line in text.split("\n"))
 
 
-def _refuse(text: str, where: str, of_json: json.JSONDecodeError | _BadNumber, of_hjson: Exception | None) -> NoReturn:
-    """Raise the more useful of two errors.
+def _refusal(
+    text: str, where: str, of_json: json.JSONDecodeError | _BadNumber, of_hjson: Exception | None
+) -> ConfigError:
+    """Return the more useful of two errors.
 
     Args:
         text: what cannot be parsed.
@@ -179,35 +193,35 @@ def _refuse(text: str, where: str, of_json: json.JSONDecodeError | _BadNumber, o
         if isinstance(error, _BadNumber):
             is_only = text.count(error.number) == 1
             spot = _spot(text, text.index(error.number)) if is_only else ""
-            raise ConfigError(f"{error.why}{spot}", where=where, fix="write a number that can be meant") from None
+            return ConfigError(f"{error.why}{spot}", where=where, fix="write a number that can be meant")
     assert isinstance(of_json, json.JSONDecodeError)
     found = scan(text)
     if not found.is_hjson:
         what, offset = _lowered(of_json.msg), of_json.pos
     elif of_hjson is None:
         longest = max(text.split("\n"), key=len)
-        raise ConfigError(
+        return ConfigError(
             f"a line of {len(longest)} characters is too long for HJSON{_spot(text, text.index(longest))}",
             where=where,
             fix="break the line, or write plain JSON",
-        ) from None
+        )
     elif isinstance(of_hjson, IndexError):  # what hjson does at the end of the text, in a comment or '''
         what, offset = "the text ends too early", len(text)
     else:
         what, offset = _lowered(str(getattr(of_hjson, "msg", of_hjson))), getattr(of_hjson, "pos", 1) - 1
-    if offset >= len(text.rstrip()):
-        what, offset = _at_the_end(what, offset, text, found)
+    if offset >= len(text.rstrip()) or text[offset] in "}]":
+        what, offset = _at_a_bracket(what, offset, text, found)
     fix = "correct the syntax"
     for python, correct in (("True", "true"), ("False", "false"), ("None", "null")):
         if text.startswith(python, offset):
             fix = f"write {correct}"
-    raise ConfigError(f"this is neither JSON nor HJSON: {what}{_spot(text, offset)}", where=where, fix=fix) from None
+    return ConfigError(f"this is neither JSON nor HJSON: {what}{_spot(text, offset)}", where=where, fix=fix)
 
 
-def _at_the_end(what: str, offset: int, text: str, found: Scan) -> tuple[str, int]:
-    """Return what is wrong, and where, if parsing failed only at the end of the text: far from the mistake."""
+def _at_a_bracket(what: str, offset: int, text: str, found: Scan) -> tuple[str, int]:
+    """Return what is wrong, and where, if parsing failed at a closing bracket or the end: often far behind it."""
     opening = text[found.unclosed] if found.unclosed is not None else ""
-    if opening in ("{", "[", "") and found.is_hjson and found.swallowed is not None:
+    if opening in "{[" and found.is_hjson and found.swallowed is not None:
         return "a value without quotes takes the rest of its line, brackets too", found.swallowed
     if found.unclosed is None:
         return what, offset

@@ -129,6 +129,7 @@ class _Scanner:
     def walk(self) -> None:
         text, result = self.text, self.result
         at = self.skip(0)
+        result.root.offset = at
         if at == len(text):
             return
         if text[at] in "{[":
