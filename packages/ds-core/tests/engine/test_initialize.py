@@ -46,6 +46,31 @@ def test_the_configuration_may_come_from_four_places(tmp_path):
         assert start(**place).get_lr() == [0.5]
 
 
+def test_config_wins_over_config_params():
+    assert start(config=CONFIG, config_params={"train_batch_size": "never read"}).get_lr() == [0.5]
+
+
+def test_the_old_spelling_in_the_arguments(caplog):
+    with caplog.at_level("WARNING", logger="ds_core"):
+        start(config=None, args=SimpleNamespace(deepscale_config=CONFIG))
+    assert "args.deepscale_config is deprecated: write deepspeed_config" in caplog.messages
+    with pytest.raises(ConfigError, match="two configurations were given"):
+        start(config=None, args=SimpleNamespace(deepscale_config=CONFIG, deepspeed_config=CONFIG))
+
+
+def test_compatibility_mode_drops_the_keys_of_others(caplog, monkeypatch):
+    foreign = {**CONFIG, "msamp": {"enabled": True}}
+    with pytest.raises(ConfigError, match="msamp"):
+        start(config=foreign)
+    with caplog.at_level("WARNING", logger="ds_core"):
+        engine = start(config=foreign, compatible=True)
+    assert len([message for message in caplog.messages if "msamp" in message]) == 1
+    assert "compatibility mode" in engine.report()["msamp"]
+    assert engine.config == foreign
+    monkeypatch.setenv("DS_CONFIG_COMPATIBLE", "1")
+    start(config=foreign)
+
+
 def test_the_dict_given_is_left_as_it_is():
     given = json.loads(json.dumps(CONFIG))
     start(config=given)

@@ -193,7 +193,6 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
     )
     engine = DeepSpeedEngine(module, parts, config, device=device)
     engine.client_optimizer, engine.client_lr_scheduler = arguments.optimizer, arguments.lr_scheduler
-    engine._has_client_optimizer = arguments.optimizer is not None
     if arguments.training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(arguments.training_data, collate_fn=arguments.collate_fn)
     return engine

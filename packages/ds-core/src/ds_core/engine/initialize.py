@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ds_core import comm, log, registry
@@ -120,7 +121,16 @@ def _check_model(model: Any) -> None:
 
 
 def _config_source(args: Any, config: Any, config_params: Any) -> Any:
-    in_args = getattr(args, "deepspeed_config", None) or getattr(args, "deepscale_config", None)
+    in_args, old = getattr(args, "deepspeed_config", None), getattr(args, "deepscale_config", None)
+    if old is not None:
+        if in_args is not None:
+            raise ConfigError(
+                "two configurations were given: args.deepspeed_config and args.deepscale_config",
+                where="initialize(args)",
+                fix="remove deepscale_config, the old spelling",
+            )
+        log.log_dist("args.deepscale_config is deprecated: write deepspeed_config", level=logging.WARNING)
+        in_args = old
     given = config if config is not None else config_params
     if in_args is not None and given is not None:
         raise ConfigError(
