@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ds_core.config import BatchSizes, ConfigError, resolve_batch
 
+# The deadline of hypothesis would measure the machine.
+anywhere = settings(deadline=None)
 TRAIN, MICRO, ACCUMULATION = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
 KEYS = (TRAIN, MICRO, ACCUMULATION)
 SIZES = st.integers(1, 64)
@@ -57,6 +59,7 @@ def applied(fix: str, sizes: dict[str, int | None], world: int) -> list[tuple[di
     return found
 
 
+@anywhere
 @given(ABSENT_OR_SMALL, ABSENT_OR_SMALL, ABSENT_OR_SMALL, WORLDS)
 @example(1, 2, None, 1)  # DeepSpeed complains about an accumulation of 0
 @example(None, None, 3, 2)
@@ -98,6 +101,7 @@ def assert_names_the_culprit(error: ConfigError, sizes: tuple[int | None, ...], 
     assert text.endswith(f" = {total}" if micro and accumulation else f", a multiple of {total}")
 
 
+@anywhere
 @given(SIZES, SIZES, SIZES)
 def test_whatever_is_left_out_is_found_again(micro: int, accumulation: int, world: int) -> None:
     train = micro * accumulation * world
@@ -108,6 +112,7 @@ def test_whatever_is_left_out_is_found_again(micro: int, accumulation: int, worl
     assert resolve_batch(None, micro, accumulation, world) == whole
 
 
+@anywhere
 @given(SIZES, SIZES)
 def test_one_size_alone_means_one_forward_per_step(micro: int, world: int) -> None:
     whole = BatchSizes(micro * world, micro, 1, world)
@@ -115,6 +120,7 @@ def test_one_size_alone_means_one_forward_per_step(micro: int, world: int) -> No
     assert resolve_batch(None, micro, None, world) == whole
 
 
+@anywhere
 @given(SIZES, st.integers(2, 64))
 def test_the_multiples_named_are_the_neighbours(train: int, world: int) -> None:
     if train % world == 0:

@@ -152,7 +152,10 @@ def _check(raw: dict[str, Any], dp_world_size: int | None) -> tuple[Config, list
     """Return the configuration in ``raw`` and its problems; with problems, parts of it are defaults."""
     known, further, problems = _sorted_out(raw)
     given = {key: known.pop(key) for key in BATCH if key in known}
-    batch, batch_problems = _batch(given, further.get("elasticity"), dp_world_size)
+    # Elasticity that is on but wrong would have chosen the sizes: that none are given is no problem of its own.
+    elastic = raw.get("elasticity")
+    is_open = "elasticity" not in further and isinstance(elastic, dict) and bool(elastic.get("enabled"))
+    batch, batch_problems = _batch(given, further.get("elasticity"), None if is_open else dp_world_size)
     problems += batch_problems
     sizes = dict(zip(BATCH, (batch.train, batch.micro, batch.accumulation), strict=True))
     config, section_problems = validate(Config, {**known, **sizes})
