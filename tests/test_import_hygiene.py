@@ -18,7 +18,7 @@ MODULES = {
     for src in SOURCES
 }
 TORCH_FREE_PACKAGES = ("ds-launcher",)
-TORCH_FREE_FLOORS = ("errors", "_packages", "log", "registry", "config", "interfaces", "cli")
+TORCH_FREE_FLOORS = ("errors", "_packages", "log", "registry", "config", "elasticity", "interfaces", "cli")
 TORCH_FREE = [
     name
     for package, names in MODULES.items()

@@ -19,7 +19,7 @@ __all__ = ["FLOORS", "Import", "floor_problems", "imports", "module_name", "plug
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "_packages", "log"}),
     frozenset({"registry"}),
-    frozenset({"config"}),
+    frozenset({"config", "elasticity"}),
     frozenset({"interfaces"}),
     frozenset(
         {

@@ -42,6 +42,7 @@ PUBLIC = {
     "comm",
     "config",
     "data",
+    "elasticity",
     "errors",
     "interfaces",
     "monitor",

@@ -40,6 +40,7 @@ _MODULES = (
     "comm",
     "config",
     "data",
+    "elasticity",
     "errors",
     "interfaces",
     "monitor",

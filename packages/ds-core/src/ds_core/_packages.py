@@ -61,7 +61,6 @@ LATER: dict[str, str] = {
     "add_tuning_arguments": "ds-core",
     "set_optimizer_flags": "ds-kernels",
     "profiling": "ds-core",
-    "elasticity": "ds-core",
     "autotuning": "ds-core",
     "compression": "ds-core",
     "linear": "ds-kernels",
