@@ -396,7 +396,7 @@ def test_keys_that_change_nothing_are_reported_with_the_reason():
         }
     )
     report = engine.report()
-    assert report["zero_optimization.reduce_bucket_size"] == "no effect at stage 0"
+    assert report["zero_optimization.reduce_bucket_size"] == "no effect: zero_optimization.stage is 0"
     assert report["fp16.loss_scale"] == "no effect: not enabled"
     assert report["dataloader_drop_last"] == "no effect: no training_data was given"
     assert report["zero_allow_untested_optimizer"] == "no effect: every optimizer is allowed"
