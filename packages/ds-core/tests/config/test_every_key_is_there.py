@@ -242,13 +242,7 @@ def test_deprecated_key_is_read_as_its_replacement(key: Key) -> None:
     assert by_old.config.section(key.top) == by_new.config.section(key.top) != examine({}).config.section(key.top)
 
 
-SILENT = pytest.mark.xfail(reason="the section rewrites its deprecated keys by itself, and nobody is told")
-
-
-@pytest.mark.parametrize(
-    "key",
-    [pytest.param(key, id=key.path, marks=SILENT if key.top == "inference" else ()) for key in DEPRECATED],
-)
+@pytest.mark.parametrize("key", DEPRECATED, ids=lambda key: key.path)
 def test_deprecated_key_is_named(key: Key) -> None:
     old, _ = OLD_AND_NEW.get(key.path, (True, None))
     assert [row.old for row in examine(_nested(key.path, old)).renamed] == [tuple(key.path.split("."))]

@@ -20,6 +20,7 @@ REWRITTEN = [
         {ZERO: {"stage": 3, "offload_optimizer": CPU}},
     ),
     ({ZERO: {"cpu_offload_use_pin_memory": True}}, {ZERO: {}}),
+    ({"inference": {"replace_method": "module"}}, {"inference": {}}),
     (
         {ZERO: {"stage3_gather_fp16_weights_on_model_save": True}},
         {ZERO: {"stage3_gather_16bit_weights_on_model_save": True}},
@@ -92,3 +93,21 @@ def test_a_renamed_key_says_where_it_went():
     assert migrate({ZERO: {"cpu_offload": True}})[1] == [
         Renamed((ZERO, "cpu_offload"), (ZERO, "offload_optimizer"), 'write "offload_optimizer": {"device": "cpu"}')
     ]
+
+
+def test_keys_of_inference_move_into_its_sections():
+    given = {"inference": {"mp_size": 2, "moe": True, "expert_group": "g", "replace_method": "module"}}
+    result, renamed, problems = migrate(given)
+    assert result == {"inference": {"tensor_parallel": {"tp_size": 2}, "moe": {"enabled": True, "ep_group": "g"}}}
+    assert [str(row) for row in renamed] == [
+        "inference.replace_method is deprecated: remove it",
+        'inference.mp_size is deprecated: write "tensor_parallel": {"tp_size": ...}',
+        'inference.expert_group is deprecated: write "moe": {"ep_group": ...}',
+    ]
+    assert problems == []
+    assert "mp_size" in given["inference"]
+
+
+def test_a_key_of_inference_that_contradicts_its_replacement_is_left_to_the_checks():
+    (problem,) = find_problems({"inference": {"mp_size": 2, "tp": {"tp_size": 1}}})
+    assert str(problem) == 'inference.mp_size: got 2, but its replacement, "tp.tp_size", is 1'

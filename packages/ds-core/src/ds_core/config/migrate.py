@@ -68,6 +68,7 @@ DEPRECATED: tuple[Deprecated, ...] = (
         "stage3_gather_16bit_weights_on_model_save",
         '"stage3_gather_16bit_weights_on_model_save"',
     ),
+    Deprecated(("inference",), "replace_method", None, "nothing in its place"),
 )
 """In the order in which they are applied."""
 ALLGATHER_NUMEL = 500_000_000
@@ -100,7 +101,22 @@ def migrate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Renamed], list
         done, problem = _apply(row, holder)
         renamed += done
         problems += problem
+    renamed += _moved(result)
     return result, renamed, problems
+
+
+def _moved(result: dict[str, Any]) -> list[Renamed]:
+    """Move deprecated keys of ``inference`` into its sub-sections; the section refuses what contradicts them."""
+    if not isinstance(result.get("inference"), dict):
+        return []
+    from ds_core.config.sections.inference import InferenceSection
+    from ds_core.config.sections.moved import moved
+
+    result["inference"], moves = moved(InferenceSection, result["inference"])
+    return [
+        Renamed(("inference", old), ("inference", *new), f'write "{new[0]}": {{"{new[1]}": ...}}')
+        for old, new in moves.items()
+    ]
 
 
 def _apply(row: Deprecated, holder: dict[str, Any]) -> tuple[list[Renamed], list[Problem]]:

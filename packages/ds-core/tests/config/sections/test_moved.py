@@ -8,7 +8,7 @@ import pytest
 
 from ds_core.config import PositiveInt, Section, key
 from ds_core.config.problems import validate
-from ds_core.config.sections.moved import Moved, move
+from ds_core.config.sections.moved import Moved, move, moved
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,3 +90,12 @@ def test_values_are_checked_where_they_go() -> None:
 def test_the_schema_calls_them_deprecated() -> None:
     properties = Sample.model_json_schema(by_alias=True)["properties"]
     assert {name for name, schema in properties.items() if schema.get("deprecated")} == {"old_size", "old_group"}
+
+
+def test_what_moved_is_told() -> None:
+    given = {"older_size": 4, "in": {"group": "g"}, "old_group": "other"}
+    result, moves = moved(Sample, given)
+    assert result == {"in": {"group": "g", "size": 4}, "old_group": "other"}
+    assert moves == {"older_size": ("in", "size")}
+    assert given == {"older_size": 4, "in": {"group": "g"}, "old_group": "other"}
+    assert moved(Sample, {"old_size": "auto", "zork": 1, 3: 4}) == ({"old_size": "auto", "zork": 1, 3: 4}, {})

@@ -260,10 +260,7 @@ class InferenceSection(Section):
     @classmethod
     def prepare(cls, data: Mapping[Any, Any]) -> dict[Any, Any]:
         """Read deprecated keys as their replacements; one that contradicts its replacement stays, and is refused."""
-        prepared = super().prepare(data)
-        if "moe" in prepared:
-            prepared["moe"] = OrSwitch.section(prepared["moe"])
-        return move(cls, prepared)
+        return move(cls, super().prepare(data))
 
     def is_on(self) -> bool:
         """Return whether anything but the defaults is asked for, ``replace_method`` aside, which nobody reads."""

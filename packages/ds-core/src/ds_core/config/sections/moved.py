@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import PydanticCustomError, core_schema
 
 from ds_core.config.section import AUTO, Section, show
+from ds_core.config.sections.values import OrSwitch
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
     from pydantic.json_schema import JsonSchemaValue
 
-__all__ = ["Moved", "move"]
+__all__ = ["Moved", "move", "moved"]
 
 
 @dataclass(frozen=True)
@@ -61,33 +62,62 @@ def move(section: type[Section], data: Mapping[Any, Any]) -> dict[Any, Any]:
 
     A key whose replacement is given too, with another value, stays where it is and does not validate.
     """
-    result = dict(data)
-    for name, field in section.fields_by_key().items():
-        marker = next((item for item in section.model_fields[field].metadata if isinstance(item, Moved)), None)
-        if marker is not None and name in result:
-            _move(section, result, name, marker)
-    return result
+    result = moved(section, data)[0]
+    return {**result, **{old: against for old in result if (against := _contradicted(section, result, old))}}
 
 
-def _move(section: type[Section], result: dict[Any, Any], old: str, marker: Moved) -> None:
-    if result[old] is None and section.model_fields[section.fields_by_key()[old]].default is None:
-        del result[old]  # not given
-        return
-    written = _written(section, result, marker.section) or marker.section
-    inner_class = section.model_fields[marker.section].annotation
-    assert isinstance(inner_class, type)
-    assert issubclass(inner_class, Section)
-    inner = result.get(written, {})
+def moved(section: type[Section], data: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[str, tuple[str, str]]]:
+    """Return ``data`` with deprecated keys where they belong, and each that moved -> section and key it moved to.
+
+    A key that is ``"auto"``, or whose replacement is given too with another value, stays where it is.
+    """
+    result, moves = dict(data), {}
+    for old in data:
+        marker = _marker(section, old)
+        if marker is None or result[old] == AUTO or _contradicted(section, result, old):
+            continue
+        holder, inner = _holder(section, result, marker)
+        value = result.pop(old)
+        if value is None and section.model_fields[section.fields_by_key()[old]].default is None:
+            continue  # not given
+        if inner is not None:  # else what stands there is no section, and that is the problem to tell
+            new = _written(_class_of(section, marker), inner, marker.key) or marker.key
+            result[holder] = {**inner, new: value}
+            moves[old] = (holder, new)
+    return result, moves
+
+
+def _contradicted(section: type[Section], data: Mapping[Any, Any], old: Any) -> _Contradiction | None:
+    marker = _marker(section, old)
+    if marker is None or data[old] is None or data[old] == AUTO:
+        return None
+    holder, inner = _holder(section, data, marker)
+    new = _written(_class_of(section, marker), inner or {}, marker.key)
+    if new is None or inner is None or inner[new] in (AUTO, data[old]):
+        return None
+    return _Contradiction(f"{holder}.{new}", inner[new])
+
+
+def _marker(section: type[Section], name: Any) -> Moved | None:
+    field = section.fields_by_key().get(name)
+    metadata = section.model_fields[field].metadata if field else []
+    return next((item for item in metadata if isinstance(item, Moved)), None)
+
+
+def _class_of(section: type[Section], marker: Moved) -> type[Section]:
+    found = section.model_fields[marker.section].annotation
+    assert isinstance(found, type)
+    assert issubclass(found, Section)
+    return found
+
+
+def _holder(section: type[Section], data: Mapping[Any, Any], marker: Moved) -> tuple[str, Mapping[Any, Any] | None]:
+    """Return the key that holds the sub-section, and what it holds; None where that is no section."""
+    name = _written(section, data, marker.section) or marker.section
+    inner = OrSwitch.section(data.get(name, {}))
     if isinstance(inner, Section):
-        inner = {name: getattr(inner, name) for name in inner.model_fields_set}
-    if not isinstance(inner, Mapping):
-        del result[old]  # what stands there is no section, and that is the problem to tell
-        return
-    new = _written(inner_class, inner, marker.key)
-    if new is not None and inner[new] not in (AUTO, result[old]):
-        result[old] = _Contradiction(f"{written}.{new}", inner[new])
-        return
-    result[written] = {**inner, new or marker.key: result.pop(old)}
+        inner = {field: getattr(inner, field) for field in inner.model_fields_set}
+    return name, inner if isinstance(inner, Mapping) else None
 
 
 def _written(section: type[Section], data: Mapping[Any, Any], field: str) -> str | None:
