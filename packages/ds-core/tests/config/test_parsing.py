@@ -44,6 +44,7 @@ def test_message_whole() -> None:
         ("{\n  // c\n  a b: 1\n}", "found whitespace in your key name (use quotes to include)", (3, 4)),
         ('{\n  # c\n  "a" 1\n}', "expecting ':' delimiter", (3, 7)),
         ("{a: 1}, b", "extra data", (1, 7)),
+        ('{a: 1, b: "\\u-041"}', "invalid \\uXXXX escape", (1, 12)),
         ("a: 1\nb c: 2\n", "found whitespace in your key name (use quotes to include)", (2, 2)),
         (
             "# c\na: [\n  ,\n]",

@@ -99,7 +99,13 @@ class Writer:
         self.text += self.choose(*blanks) + self.choose(*blanks)
 
     def key(self, key: str) -> None:
-        plain = key and not set(key) & set(" \t\n\r:{}[],") and key[0] not in "\"'#" and key[:2] not in ("//", "/*")
+        plain = (
+            key
+            and key == key.strip()
+            and not set(key) & set(" \t\n\r:{}[],")
+            and key[0] not in "\"'#"
+            and key[:2] not in ("//", "/*")
+        )
         forms = [json.dumps(key), json.dumps(key, ensure_ascii=False), single_quoted(key)]
         if plain:
             forms.append(key + self.choose("", " ", "\n", " \t"))
@@ -241,6 +247,21 @@ def test_up_to_a_syntax_error() -> None:
 
 def test_pairs_of_escapes_are_one_character() -> None:
     assert all_places('{"\\ud83d\\ude00": 1}') == {("\U0001f600",): 1}
+
+
+def test_keys_that_end_in_other_spaces() -> None:
+    text = "{\x85: 1, a\x85 : 2}"
+    assert hjson.loads(text) == {"\x85": 1, "a": 2}
+    assert all_places(text) == {("\x85",): 1, ("a",): 7}
+
+
+def test_escapes_that_only_hjson_takes() -> None:
+    text = '{"\\u004\n": {"\\u  41": 1}}'
+    assert hjson.loads(text) == {"\x04": {"A": 1}}
+    assert all_places(text) == {("\x04",): 1, ("\x04", "A"): 12}
+    assert all_places('{"a": 1, "\\u-041": 1}') == {("a",): 1}
+    assert all_places('{"a": 1, "\\uzzzz": 1}') == {("a",): 1}
+    assert all_places('{"a": 1, "\\u') == {("a",): 1}
 
 
 def test_depth() -> None:

@@ -155,14 +155,14 @@ def _value(text: str, where: str) -> tuple[Any, bool]:
         return hjson.loads("\n" + text, **HOOKS), False
     except RecursionError:
         raise too_deep(where) from None
-    except (hjson.HjsonDecodeError, IndexError, _BadNumber) as error:
+    except (ValueError, IndexError, _BadNumber) as error:
         of_hjson = error
     root = scan(text).root.offset
     if root < len(text) and text[root] not in "{[":
         # A root without braces that fails is tried again as a single value, and that error says nothing of the first.
         try:
             hjson.loads(f"{text[:root]}{{\n{text[root:]}\n}}", **HOOKS)
-        except (hjson.HjsonDecodeError, IndexError, _BadNumber) as error:
+        except (ValueError, IndexError, _BadNumber) as error:
             of_hjson = error
             if isinstance(error, hjson.HjsonDecodeError):
                 error.pos -= 1  # two characters went in, not one
@@ -207,8 +207,11 @@ def _refusal(
         )
     elif isinstance(of_hjson, IndexError):  # what hjson does at the end of the text, in a comment or '''
         what, offset = "the text ends too early", len(text)
-    else:
-        what, offset = _lowered(str(getattr(of_hjson, "msg", of_hjson))), getattr(of_hjson, "pos", 1) - 1
+    elif hasattr(of_hjson, "pos"):
+        what, offset = _lowered(getattr(of_hjson, "msg", "")), getattr(of_hjson, "pos", 1) - 1
+    else:  # a ValueError of Python's: hjson lets a sign pass for a digit, and there is no character -1
+        escape = re.search(r"\\u(?![0-9a-fA-F]{4})", text)
+        what, offset = "invalid \\uXXXX escape", escape.start() if escape else 0
     if offset >= len(text.rstrip()) or text[offset] in "}]":
         what, offset = _at_a_bracket(what, offset, text, found)
     fix = "correct the syntax"

@@ -27,7 +27,7 @@ LITERAL = re.compile(
 )
 JSON_CONSTANT = re.compile(r"(?:NaN|-?Infinity)[ \t]*" + _ENDS_VALUE)
 REST_OF_LINE = re.compile(r"[^\r\n]*")
-ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.DOTALL)
+ESCAPE = re.compile(r"\\(?:u(.{4})|(.))", re.DOTALL)
 ESCAPED = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 
 
@@ -190,7 +190,9 @@ class _Scanner:
             if found is None:
                 raise _Lost
             self.result.is_hjson = True
-            name, at = found.group(), self.skip_spaces(found.end())
+            at = self.skip_spaces(found.end())
+            # hjson strips every kind of space here, if there is one before the colon that ends a key.
+            name = found.group() if at == found.end() else found.group().rstrip()
         if not self.text.startswith(":", at):
             raise _Lost
         earlier = inner.place.inside.get(name)
@@ -249,7 +251,7 @@ class _Scanner:
             if stop == quote:
                 return at
             if stop == "\\":
-                at += 1
+                at += 5 if self.text.startswith("u", at) else 1  # hjson takes four characters, whatever they are
             elif stop not in "\"'":
                 raise _Lost  # a control character
 
@@ -260,7 +262,12 @@ def _unescaped(text: str) -> str:
 
     def replaced(found: re.Match[str]) -> str:
         code, letter = found.groups()
-        return chr(int(code, 16)) if code else ESCAPED.get(letter, letter)
+        if code is None:
+            return ESCAPED.get(letter, letter)
+        try:
+            return chr(int(code, 16))  # like hjson, which lets spaces pass for digits
+        except ValueError:
+            raise _Lost from None
 
     # Two halves of a pair are one character.
     return ESCAPE.sub(replaced, text).encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
