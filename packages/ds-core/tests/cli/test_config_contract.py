@@ -11,3 +11,7 @@ class TestConfig(SubcommandContract):
     @pytest.fixture
     def entry(self):
         return "ds_core.cli.config:app"
+
+    @pytest.fixture
+    def failing(self):
+        return ["explain", "no-such-file.json"]

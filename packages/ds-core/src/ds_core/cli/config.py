@@ -172,9 +172,9 @@ def _print_check(result: dict[str, Any]) -> None:
     for problem in result["problems"]:
         _print_finding(result["file"], problem)
     for warning in result["warnings"]:
-        _print_finding(result["file"], {**warning, "fix": None}, "ignored, as DeepSpeed does: ")
+        _print_finding(result["file"], {**warning, "fix": None}, "ignored in compatibility mode: ")
     for old in result["deprecated"]:
-        _print_finding(result["file"], {**old, "text": f"is deprecated: {old['text']}", "fix": None})
+        _print_finding(result["file"], {**old, "text": f"deprecated, {old['text']}", "fix": None})
     if result["ok"]:
         typer.echo(f"{result['file']}: ok: {result['is']}")
     elif len(result["problems"]) > 1:

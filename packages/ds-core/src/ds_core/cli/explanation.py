@@ -73,23 +73,19 @@ def _table(group: Group, width: int) -> Iterator[str]:
     room = width - 2 - key_width - 2 * len(GAP)
     value_width = min(max(len(value) for _, value, _ in rows), WIDEST_VALUE, max(room - NARROWEST_ORIGIN, 8))
     for key, value, origin in rows:
-        is_long = len(value) > value_width
-        yield from _row(key, "" if is_long else value, origin, (key_width, value_width, room - value_width))
+        # What is too long for its column has lines of its own.
+        is_long, is_far = len(value) > value_width, len(origin) > room - value_width
+        if len(key) > key_width:
+            yield from _folded(key, width, "    ", first="  ")
+            key = ""
+        if key_width + len(value) + len(origin) <= width - 2 - 2 * len(GAP):  # out of line, and still one line
+            is_long = is_far = False
+        cells = (key.ljust(key_width), ("" if is_long else value).ljust(value_width), "" if is_far else origin)
+        yield f"  {GAP.join(cells)}".rstrip()
         if is_long:
             yield from _folded(value, width, "    ")
-
-
-def _row(key: str, value: str, origin: str, widths: tuple[int, int, int]) -> Iterator[str]:
-    key_width, value_width, origin_width = widths
-    keys = textwrap.wrap(key, key_width, subsequent_indent="  ", break_on_hyphens=False)
-    origins = textwrap.wrap(origin, origin_width, break_on_hyphens=False)
-    for index in range(max(len(keys), len(origins))):
-        cells = (
-            (keys[index] if index < len(keys) else "").ljust(key_width),
-            (value if index == 0 else "").ljust(value_width),
-            origins[index] if index < len(origins) else "",
-        )
-        yield f"  {GAP.join(cells)}".rstrip()
+        if is_far:
+            yield from _folded(origin, width, "    ")
 
 
 def _key(setting: Setting, group: Group) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ds_core.config.loading import Examined
-    from ds_core.config.problems import Problem
+    from ds_core.config.problems import Path, Problem
 
 __all__ = ["Explanation", "Group", "explain"]
 
@@ -102,17 +102,19 @@ def _group(examined: Examined, name: str, raw: Any, origins: Origins, all_keys: 
     config = examined.config
     section = config.section(name)
     if _is_broken(examined.problems, name, section, raw):
-        yield Group(name, tuple(origins.as_written(raw, (name,))), AS_WRITTEN)
+        settings = list(origins.as_written(raw, (name,)))
+        yield Group(name, tuple(_marked(setting, examined, origins) for setting in settings), AS_WRITTEN)
         return
     if section is None:  # an optional one that was not given
         return
     settings = list(origins.section(section, raw, (name,), (name,)))
     if name in ("optimizer", "scheduler"):
         settings = list(_arguments(settings, section, raw, origins))
-    state = _why_off(config, name, section)
+    state = "has a problem" if (name,) in _wrong(examined) else _why_off(config, name, section)
     if state and not all_keys:
-        settings = [setting for setting in settings if setting.kind != "default" or setting.origin != "default"]
-    yield Group(name, tuple(_derived(setting, config) for setting in settings), state)
+        settings = [setting for setting in settings if setting.origin not in ("default", "derived")]
+    settings = [_derived(setting, config) for setting in settings]
+    yield Group(name, tuple(_marked(setting, examined, origins) for setting in settings), state)
 
 
 def _is_broken(problems: tuple[Problem, ...], name: str, section: Section | None, raw: Any) -> bool:
@@ -123,6 +125,18 @@ def _is_broken(problems: tuple[Problem, ...], name: str, section: Section | None
     return validate(model, raw)[0] is None
 
 
+def _wrong(examined: Examined) -> set[Path]:
+    return {problem.keys or tuple(problem.path.split(".")) for problem in examined.problems}
+
+
+def _marked(setting: Setting, examined: Examined, origins: Origins) -> Setting:
+    """Return ``setting``, with its problem in place of its origin if it has one."""
+    starts = (setting.keys[:length] for length in range(2, len(setting.keys) + 1))
+    if setting.kind != origins.kind or _wrong(examined).isdisjoint(starts):
+        return setting
+    return replace(setting, kind="open", origin=f"{setting.origin}, has a problem")
+
+
 def _top(problem: Problem) -> str:
     return str(problem.keys[0]) if problem.keys else problem.path.partition(".")[0]
 
@@ -131,7 +145,7 @@ def _why_off(config: Config, name: str, section: Section) -> str:
     has_switch = not {*SWITCHES}.isdisjoint(type(section).model_fields)
     if _is_on(config, name) or not (has_switch or section.comes_with):
         return ""
-    return section.why_off() or "off"
+    return section.why_off().removeprefix(f"{name}.") or "off"
 
 
 def _derived(setting: Setting, config: Config) -> Setting:
@@ -192,7 +206,7 @@ def _batch(examined: Examined, raw: Mapping[str, Any], origins: Origins) -> Iter
     elasticity = config.sections.get("elasticity")
     is_elastic = elasticity is not None and elasticity.is_on()
     wrong = {_top(problem) for problem in examined.problems} & {*BATCH, *(["elasticity"] if is_elastic else [])}
-    lacks = "has a problem" if wrong - {key for key in given if given[key] == AUTO} else ""
+    lacks = "see the problems" if wrong - {key for key in given if given[key] == AUTO} else ""
     if not lacks and AUTO in given.values():
         lacks = 'waits for "auto"'
     elif not lacks and not is_elastic and not {TRAIN, MICRO} & given.keys():

@@ -6,7 +6,7 @@ result down.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ds_core.config.problems import Path, Problem, dotted
@@ -49,6 +49,8 @@ class Deprecated:
     """Only true and false are understood, and false asks for nothing."""
     value: Callable[[Any], Any] = lambda value: value
     """From the old key's value to the new one's."""
+    yields: bool = False
+    """Where both are given, DeepSpeed ignores the old key."""
 
 
 def _on_cpu(_: Any) -> Any:
@@ -57,7 +59,7 @@ def _on_cpu(_: Any) -> Any:
 
 _ZERO = ("zero_optimization",)
 DEPRECATED: tuple[Deprecated, ...] = (
-    Deprecated((), "bfloat16", "bf16", '"bf16"'),
+    Deprecated((), "bfloat16", "bf16", '"bf16"', yields=True),
     Deprecated(("bf16",), "check_overflow", "check_grad_overflow", '"check_grad_overflow"'),
     Deprecated(_ZERO, "cpu_offload", "offload_optimizer", '"offload_optimizer": {"device": "cpu"}', True, _on_cpu),
     Deprecated(_ZERO, "cpu_offload_param", "offload_param", '"offload_param": {"device": "cpu"}', True, _on_cpu),
@@ -99,10 +101,16 @@ def migrate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Renamed], list
             (name,) = row.section
             holder = result[name] = dict(holder)
         done, problem = _apply(row, holder)
-        renamed += done
+        # In a section that was renamed itself, the key was written under the section's old name.
+        renamed += [replace(one, old=_as_written(one.old, renamed)) for one in done]
         problems += problem
     renamed += _moved(result)
     return result, renamed, problems
+
+
+def _as_written(keys: Path, renamed: list[Renamed]) -> Path:
+    earlier = {row.new: row.old for row in renamed if row.new is not None}
+    return earlier.get(keys[:1], keys[:1]) + keys[1:]
 
 
 def _moved(result: dict[str, Any]) -> list[Renamed]:
@@ -126,7 +134,8 @@ def _apply(row: Deprecated, holder: dict[str, Any]) -> tuple[list[Renamed], list
         problem = Problem.at(old, f"got {show(value)}, must be true or false", f"write {row.instead} instead")
         return [], [problem]
     if row.new is not None and holder.get(row.new) is not None and value != AUTO:
-        return [], [Problem.at(old, f"its replacement, {row.instead}, is given too", "remove the old key")]
+        text = f"its replacement, {row.instead}, is given too"
+        return [], [Problem.at(old, text, "remove the old key", ignorable=row.yields)]
     if value == AUTO or row.new is None or (row.is_switch and value is False):
         instead = f"write {row.instead}" if row.new is None and value is True else "remove it"
         return [Renamed(old, None, f"{instead}")], []
@@ -139,7 +148,7 @@ def _legacy_zero(result: dict[str, Any]) -> list[Renamed]:
     legacy = result.get("zero_optimization")
     if not isinstance(legacy, bool):
         return []
-    numel = result.pop("allgather_size", ALLGATHER_NUMEL)
+    numel = result.pop("allgather_size", ALLGATHER_NUMEL) if legacy else None
     result["zero_optimization"] = {"stage": 1, "allgather_bucket_size": numel} if legacy else {"stage": 0}
     instead = f'write "zero_optimization": {show(result["zero_optimization"])}'
     return [Renamed(("zero_optimization",), ("zero_optimization",), instead)]

@@ -41,10 +41,10 @@ def notes_of(examined: Examined, origins: Origins, groups: Sequence[Group]) -> I
     for row in examined.renamed:
         place = document.position(row.old)
         at = "" if place is None else f" (line {place[0]})"
-        yield Note("deprecated", dotted(row.old), f"is deprecated{at}: {row.text}")
+        yield Note("deprecated", dotted(row.old), f"deprecated{at}, {row.text}")
     for problem in examined.warnings:
         at = "" if problem.place is None else f" (line {problem.place[0]})"
-        yield Note("ignored", problem.path, f"ignored, as DeepSpeed does{at}: {problem.text}")
+        yield Note("ignored", problem.path, f"ignored in compatibility mode{at}: {problem.text}")
     # The heading of a section that is off says it for all its keys.
     quiet = {group.name for group in groups if group.state}
     for path, why in without_effect(config).items():

@@ -1,0 +1,200 @@
+"""``ds config``. The goldens are what people see at 80 columns; ``DS_UPDATE_GOLDEN=1 pytest ...`` rewrites them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from ds_core import registry
+from ds_core.cli.config import app
+
+GOLDEN = Path(__file__).parents[1] / "config" / "golden"
+CASES = {
+    "transformers_world_4": ["transformers.json", "--world", "4"],
+    "transformers": ["transformers.json"],
+    "auto": ["auto.json"],
+    "deprecated": ["deprecated.json", "--world", "2"],
+    "broken": ["broken.json", "--world", "2"],
+    "compatible": ["compatible.json", "--world", "2", "--compatible"],
+}
+"""Golden file -> arguments of ``ds config explain``."""
+PLUGINS = {"precision": ("fp32", "bf16", "fp16"), "optimizer": ("adam", "adamw"), "checkpoint": ("plain",)}
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same plugins wherever the test runs."""
+    monkeypatch.setattr(registry, "names", lambda seam: PLUGINS.get(seam, ()))
+
+
+@pytest.fixture(autouse=True)
+def _quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_CONFIG_COMPATIBLE", raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def ds_config(*arguments: str) -> Result:
+    result = CliRunner().invoke(app, [*arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("name", CASES)
+def test_explain_prints_the_golden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(GOLDEN)
+    printed = ds_config("explain", *CASES[name]).stdout
+    golden = GOLDEN / f"{name}.txt"
+    if os.environ.get("DS_UPDATE_GOLDEN"):
+        golden.write_text(printed)
+        pytest.skip(f"{golden.name} was rewritten")
+    assert printed == golden.read_text()
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_lines_fit_and_nothing_is_cut(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(GOLDEN)
+    as_json = json.loads(ds_config("explain", *CASES[name], "--json").stdout)
+    monkeypatch.setenv("COLUMNS", str(width))
+    printed = ds_config("explain", *CASES[name]).stdout
+    _, _, table = printed.partition("\n\n")
+    assert max(len(line) for line in table.splitlines()) <= width
+    words = re.sub(r"\s", "", table)
+    for setting in as_json["settings"]:
+        value = json.dumps(setting["value"], ensure_ascii=False)
+        is_blank = setting["kind"] == "open" and setting["value"] is None
+        # A row that is folded has its columns interleaved; each cell is there for itself.
+        assert is_blank or re.sub(r"\s", "", value) in words, setting
+        for word in setting["origin"].split():
+            assert word in words, setting
+    for note in as_json["notes"]:
+        assert re.sub(r"\s", "", note["text"]) in words
+
+
+@pytest.mark.usefixtures("installed")
+def test_explain_as_json() -> None:
+    result = ds_config("explain", str(GOLDEN / "transformers.json"), "--world", "4", "--json")
+    found = json.loads(result.stdout)
+    assert (result.exit_code, found["ok"], found["problems"]) == (0, True, [])
+    settings = {setting["path"]: setting for setting in found["settings"]}
+    assert settings["train_batch_size"] == {
+        "path": "train_batch_size",
+        "value": 32,
+        "kind": "derived",
+        "origin": "derived: 4 x 2 x 4 ranks",
+    }
+    assert "aio" in found["off"]
+    assert {"kind": "package", "path": "zero_optimization.stage"}.items() <= found["notes"][-1].items()
+
+
+def test_explain_all_lists_every_section() -> None:
+    found = json.loads(ds_config("explain", str(GOLDEN / "transformers.json"), "--all", "--json").stdout)
+    assert found["off"] == []
+    assert "flops_profiler.profile_step" in [setting["path"] for setting in found["settings"]]
+
+
+def test_explain_has_no_infinity_in_json(tmp_path: Path) -> None:
+    path = tmp_path / "ds_config.json"
+    path.write_text('{"checkpoint": {"sharded": {"limit": Infinity}}}')
+    printed = ds_config("explain", str(path), "--json").stdout
+    settings = json.loads(printed, parse_constant=pytest.fail)["settings"]
+    assert [setting["value"] for setting in settings if setting["path"] == "checkpoint.sharded.limit"] == ["Infinity"]
+
+
+def test_check_says_what_a_good_file_is() -> None:
+    path = str(GOLDEN / "transformers.json")
+    assert (ds_config("check", path).stdout, ds_config("check", path).exit_code) == (
+        f"{path}: ok: ZeRO stage 2, bf16, AdamW, WarmupLR\n",
+        0,
+    )
+    assert ds_config("check", path, "--world", "4").stdout == (
+        f"{path}: ok: ZeRO stage 2, bf16, AdamW, WarmupLR, batch 32 = 4 x 2 x 4\n"
+    )
+
+
+def test_check_lists_the_problems_of_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("good.json").write_text('{"train_batch_size": 1}')
+    Path("bad.json").write_text('{\n  "fp16": {"enabld": true},\n  "zero_optimisation": {"stage": 2}\n}')
+    result = ds_config("check", "good.json", "bad.json", "none.json")
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == [
+        "good.json: ok: ZeRO stage 0, fp32, no optimizer",
+        "bad.json:2:12: fp16.enabld: unknown key (its value is true)",
+        '  fix: did you mean "enabled"?',
+        'bad.json:3:3: zero_optimisation: unknown key (its value is {"stage": 2})',
+        '  fix: did you mean "zero_optimization"?',
+        "bad.json: 2 problems",
+        "none.json: file not found: none.json",
+        '  fix: did you mean "good.json"?',
+    ]
+
+
+def test_check_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text('{\n  "gradient_cliping": 1,\n  "bfloat16": {"enabled": true}\n}')
+    result = ds_config("check", str(path), str(path.with_name("none.json")), "--json")
+    bad, missing = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert bad == {
+        "file": str(path),
+        "ok": False,
+        "is": None,
+        "problems": [
+            {
+                "path": "gradient_cliping",
+                "text": "unknown key (its value is 1)",
+                "fix": 'did you mean "gradient_clipping"?',
+                "line": 2,
+                "column": 3,
+            }
+        ],
+        "warnings": [],
+        "deprecated": [{"path": "bfloat16", "text": 'write "bf16"', "line": 3, "column": 3}],
+    }
+    assert missing["problems"][0]["text"].startswith("file not found")
+
+
+@pytest.mark.parametrize(("arguments", "variable"), [(["--compatible"], None), ([], "1")])
+def test_compatibility_mode_is_an_option_and_a_variable(
+    arguments: list[str], variable: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variable:
+        monkeypatch.setenv("DS_CONFIG_COMPATIBLE", variable)
+    path = str(GOLDEN / "compatible.json")
+    result = ds_config("check", path, *arguments)
+    assert result.exit_code == 0
+    assert f'{path}:8:3: ignored, as DeepSpeed does: msamp: unknown key (its value is {{"enabled": false}})' in (
+        result.stdout.splitlines()
+    )
+    assert ds_config("check", path, "--strict").exit_code == 1
+
+
+def test_deprecated_keys_are_shown_and_are_no_problem() -> None:
+    path = str(GOLDEN / "deprecated.json")
+    result = ds_config("check", path)
+    assert result.exit_code == 0
+    assert f'{path}:5:3: bfloat16: deprecated, write "bf16"' in result.stdout.splitlines()
+
+
+@pytest.mark.parametrize("command", ["check", "explain"])
+def test_a_world_without_ranks_is_wrong_usage(command: str) -> None:
+    assert ds_config(command, str(GOLDEN / "auto.json"), "--world", "0").exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["check", "explain"])
+def test_it_works_without_torch(command: str, site: Any) -> None:
+    site.module("torch", "raise ImportError('torch was imported')")
+    done = site.ds("config", command, str(GOLDEN / "transformers.json"), "--world", "4")
+    assert done.returncode == 0, done.stderr
+    done = site.ds("config", command, str(GOLDEN / "broken.json"), "--world", "4")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "zero_optimisation" in done.stdout
