@@ -6,7 +6,7 @@ import ast
 import inspect
 import itertools
 import json
-import math
+import sys
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -279,7 +279,8 @@ def _whole(value: Any) -> int:
 
 def _finite(value: Any) -> float:
     number = _number(value)
-    if number is None or not math.isfinite(number):
+    # math.isfinite would raise for an int that no float can hold; False for inf and nan too.
+    if number is None or not -sys.float_info.max <= number <= sys.float_info.max:
         raise PydanticCustomError("number", "must be a finite number")
     return float(number)
 
