@@ -235,6 +235,7 @@ def test_a_key_of_another_optimizer_does_not_belong_where_it_is() -> None:
 
 def test_auto_is_left_to_whoever_needs_the_value() -> None:
     assert argument_problems("optimizer", "AdamW", {"lr": "auto", "betas": "auto"}) == []
+    assert argument_problems("optimizer", "AdamW", {"betas": [0.9, "auto"]}) == []
     assert argument_problems("scheduler", "WarmupDecayLR", {"total_num_steps": "auto"}) == []
     (problem,) = argument_problems("scheduler", "WarmupDecayLR", {"warmup_num_steps": "auto"})
     assert (problem.path, problem.text) == ("scheduler.params.total_num_steps", "is missing")

@@ -70,6 +70,14 @@ def arguments_of(section_name: str, type_name: str) -> type[Section] | None:
     return ARGUMENTS.get((section_name, type_name.lower()))
 
 
+def _is_open(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_open, value))
+    return isinstance(value, str) and value == AUTO
+
+
+IGNORES_UNKNOWN = {("optimizer", "muon")}
+"""Types whose constructor in DeepSpeed ignores arguments it does not know; all others raise."""
 ELSEWHERE = {("optimizer", "max_grad_norm")}
 """Arguments that a rule of their own refuses."""
 
@@ -84,11 +92,10 @@ def argument_problems(section_name: str, type_name: str, params: Mapping[str, An
     if model is None:
         return []
     given = {
-        name: value
-        for name, value in params.items()
-        if not (isinstance(value, str) and value == AUTO) and (section_name, name) not in ELSEWHERE
+        name: value for name, value in params.items() if not _is_open(value) and (section_name, name) not in ELSEWHERE
     }
-    _, problems = validate(model, given, path=(section_name, "params"))
+    is_ignorable = (section_name, type_name.lower()) in IGNORES_UNKNOWN
+    _, problems = validate(model, given, path=(section_name, "params"), unknown_is_ignorable=is_ignorable)
     # A required key that is "auto" is not missing.
     left_open = params.keys() - given.keys()
     return [problem for problem in problems if left_open.isdisjoint(problem.keys[2:3])]
