@@ -162,7 +162,7 @@ def test_what_an_enabled_section_needs() -> None:
     [
         (
             {"schedule_type": None, "min_difficulty": None},
-            '"curriculum_metrics.mine" needs "min_difficulty"; "curriculum_metrics.mine" needs "schedule_type"',
+            '"curriculum_metrics.mine" needs "min_difficulty" and "schedule_type"',
         ),
         ({"max_difficulty": None}, '"curriculum_metrics.mine" needs "max_difficulty"'),
         (

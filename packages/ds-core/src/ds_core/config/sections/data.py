@@ -77,12 +77,13 @@ class _Difficulty(Section):
     def mistakes(self) -> list[str]:
         """Return what keeps the schedule from running, in the words of an error."""
         keys = ("min_difficulty", "max_difficulty", "schedule_type")
-        found = [f'needs "{key}"' for key in keys if getattr(self, key) is None]
+        absent = [f'"{key}"' for key in keys if getattr(self, key) is None]
+        found = [f"needs {_listed(absent)}"] if absent else []
         config = self.schedule_config
         needed = NEEDED[self.schedule_type] if self.schedule_type else ()
         missing = [f'"schedule_config.{key}"' for key in needed if getattr(config, key) is None]
         if missing:
-            found.append(f'needs {" and ".join(missing)} for schedule_type "{self.schedule_type}"')
+            found.append(f'needs {_listed(missing)} for schedule_type "{self.schedule_type}"')
         elif self.schedule_type == "fixed_discrete" and config.difficulty is not None and config.max_step is not None:
             values, steps = len(config.difficulty), len(config.max_step)
             if values != steps + 1:
@@ -90,9 +91,13 @@ class _Difficulty(Section):
         return found
 
 
+def _listed(keys: list[str]) -> str:
+    return f"{', '.join(keys[:-1])} and {keys[-1]}" if len(keys) > 1 else keys[0]
+
+
 def _refuse(mistakes: list[str]) -> None:
     if mistakes:
-        text = f"{'; '.join(mistakes)} while it is enabled"
+        text = f"{' and '.join(mistakes)} while it is enabled"
         raise PydanticCustomError("needs", "{text}", {"text": text})
 
 
