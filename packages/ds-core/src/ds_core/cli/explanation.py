@@ -69,18 +69,23 @@ def _table(group: Group, width: int) -> Iterator[str]:
         (_key(setting, group), "" if _is_blank(setting) else written(setting.value), setting.origin)
         for setting in group.settings
     ]
-    key_width = min(max(len(key) for key, _, _ in rows), WIDEST_KEY)
+    key_width = min(max(len(key) for key, _, _ in rows), WIDEST_KEY, width - 38)
+    # With 80 columns the widest key leaves 10 to the value and 22 to the origin.
     room = width - 2 - key_width - 2 * len(GAP)
     value_width = min(max(len(value) for _, value, _ in rows), WIDEST_VALUE, max(room - NARROWEST_ORIGIN, 8))
     for key, value, origin in rows:
         # What is too long for its column has lines of its own.
         is_long, is_far = len(value) > value_width, len(origin) > room - value_width
-        if len(key) > key_width:
+        if is_long and key_width + len(value) + len(origin) <= width - 2 - 2 * len(GAP):
+            is_long = is_far = False  # one line still holds all three
+        is_wide = len(key) > key_width
+        if is_wide:
             yield from _folded(key, width, "    ", first="  ")
-            key = ""
-        if key_width + len(value) + len(origin) <= width - 2 - 2 * len(GAP):  # out of line, and still one line
-            is_long = is_far = False
-        cells = (key.ljust(key_width), ("" if is_long else value).ljust(value_width), "" if is_far else origin)
+        cells = (
+            ("" if is_wide else key).ljust(key_width),
+            ("" if is_long else value).ljust(value_width),
+            "" if is_far else origin,
+        )
         yield f"  {GAP.join(cells)}".rstrip()
         if is_long:
             yield from _folded(value, width, "    ")
