@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from ds_core.config.loading import Examined
     from ds_core.config.problems import Problem
+    from ds_core.config.rewriting import Rewritten
 
 __all__ = ["app"]
 
@@ -87,6 +88,81 @@ def explain(
         for line, is_heading in shown.lines(found, shutil.get_terminal_size().columns):
             (_print_heading if is_heading else typer.echo)(line)
     raise typer.Exit(1 if examined.problems else 0)
+
+
+@app.command()
+def schema(
+    section: Annotated[
+        str | None, typer.Argument(metavar="[KEY]", help="One top-level key, such as zero_optimization; default: all.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", metavar="FILE", help="Write it there.")] = None,
+) -> None:
+    """Print the JSON Schema (draft 2020-12), with which editors complete and check configurations."""
+    import json
+
+    from ds_core.config.schema import json_schema
+
+    text = json.dumps(json_schema(section), indent=2, ensure_ascii=False) + "\n"
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        _write(output, text)
+
+
+@app.command()
+def migrate(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="JSON or HJSON.")],
+    in_place: Annotated[bool, typer.Option("--in-place", help="Write the result to FILE.")] = False,
+    output: Annotated[str | None, typer.Option("--output", metavar="FILE", help="Write the result there.")] = None,
+    backup: Annotated[bool, typer.Option("--backup", help="With --in-place: keep the old FILE as FILE.bak.")] = False,
+    drop_comments: Annotated[
+        bool, typer.Option("--drop-comments", help="Where comments cannot be kept, write plain JSON without them.")
+    ] = False,
+) -> None:
+    """Rewrite deprecated keys as today's and print the result; say on stderr what was done."""
+    from ds_core.config.rewriting import read_exactly, replace_file, rewritten
+
+    if in_place and output is not None:
+        raise typer.BadParameter("--in-place and --output exclude each other")
+    if backup and not in_place:
+        raise typer.BadParameter("--backup needs --in-place")
+    path, text = read_exactly(file)
+    result = rewritten(text, str(path), drop_comments=drop_comments)
+    if output is not None:
+        _write(output, result.text)
+    elif not in_place:
+        typer.echo(result.text, nl=False)
+    elif result.renamed:
+        saved = replace_file(path, result.text, backup=backup)
+        if saved is not None:
+            typer.echo(f"{file}: the old file is {saved}", err=True)
+    _print_migration(file, result)
+
+
+def _write(output: str, text: str) -> None:
+    from pathlib import Path
+
+    from ds_core.config.rewriting import replace_file
+
+    replace_file(Path(output), text)
+
+
+def _print_migration(file: str, result: Rewritten) -> None:
+    from ds_core.config.loading import find_problems
+    from ds_core.config.parsing import parse
+
+    count = len(result.renamed)
+    done = f"{count} deprecated key{'' if count == 1 else 's'} rewritten" if count else "no deprecated keys"
+    typer.echo(f"{file}: {done}", err=True)
+    for row in result.renamed:
+        if row.new is None:
+            now = "removed" if row.text == "remove it" else f"removed: {row.text}"
+        else:
+            now = row.text.removeprefix("write ") if row.new == row.old else _dotted(row.new)
+        typer.echo(f"  {_dotted(row.old)} -> {now}", err=True)
+    problems = find_problems(parse(result.text.removeprefix("\ufeff"), file).value)
+    if problems:
+        typer.echo(f"{file}: {_problems(len(problems))} left: `ds config check` tells them", err=True)
 
 
 def _problems(count: int) -> str:

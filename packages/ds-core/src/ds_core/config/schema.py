@@ -249,7 +249,7 @@ class _Writer:
 
 def _deprecated(row: Deprecated, properties: Schema) -> Schema:
     instead = f"Deprecated: write {row.instead}."
-    accepted: Schema = {"enum": [True, False, AUTO]} if row.is_switch or row.new is None else properties[row.new]
+    accepted: Schema = {"enum": [True, False, AUTO]} if row.is_switch else properties[row.new] if row.new else {}
     return _out_of_use(accepted, instead, instead)
 
 
