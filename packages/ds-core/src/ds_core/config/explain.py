@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from ds_core.config import catalog
 from ds_core.config.config import BatchKeys, Config
 from ds_core.config.effects import SWITCHES
 from ds_core.config.migrate import migrate
 from ds_core.config.notes import Note, notes_of
 from ds_core.config.origins import Origins, Setting, is_open
-from ds_core.config.problems import sections_of, validate
+from ds_core.config.problems import sections_of
 from ds_core.config.section import AUTO, Section
 
 if TYPE_CHECKING:
@@ -101,20 +103,21 @@ def _is_on(config: Config, name: str) -> bool:
 def _group(examined: Examined, name: str, raw: Any, origins: Origins, all_keys: bool) -> Iterator[Group]:
     config = examined.config
     section = config.section(name)
+    wrong: set[Path] = {problem.keys or tuple(problem.path.split(".")) for problem in examined.problems}
     if _is_broken(examined.problems, name, section, raw):
         settings = list(origins.as_written(raw, (name,)))
-        yield Group(name, tuple(_marked(setting, examined, origins) for setting in settings), AS_WRITTEN)
+        yield Group(name, tuple(_marked(setting, wrong, origins) for setting in settings), AS_WRITTEN)
         return
     if section is None:  # an optional one that was not given
         return
     settings = list(origins.section(section, raw, (name,), (name,)))
     if name in ("optimizer", "scheduler"):
         settings = list(_arguments(settings, section, raw, origins))
-    state = "has a problem" if (name,) in _wrong(examined) else _why_off(config, name, section)
+    state = "has a problem" if (name,) in wrong else _why_off(config, name, section)
     if state and not all_keys:
         settings = [setting for setting in settings if setting.origin not in ("default", "derived")]
     settings = [_derived(setting, config) for setting in settings]
-    yield Group(name, tuple(_marked(setting, examined, origins) for setting in settings), state)
+    yield Group(name, tuple(_marked(setting, wrong, origins) for setting in settings), state)
 
 
 def _is_broken(problems: tuple[Problem, ...], name: str, section: Section | None, raw: Any) -> bool:
@@ -122,17 +125,17 @@ def _is_broken(problems: tuple[Problem, ...], name: str, section: Section | None
     if raw in (None, AUTO) or not any(_top(problem) == name for problem in problems):
         return False
     model = type(section) if section is not None else sections_of(Config)[name]
-    return validate(model, raw)[0] is None
+    try:
+        model.model_validate(raw)
+    except ValidationError:  # its problems are told already, and wording them takes time
+        return True
+    return False
 
 
-def _wrong(examined: Examined) -> set[Path]:
-    return {problem.keys or tuple(problem.path.split(".")) for problem in examined.problems}
-
-
-def _marked(setting: Setting, examined: Examined, origins: Origins) -> Setting:
+def _marked(setting: Setting, wrong: set[Path], origins: Origins) -> Setting:
     """Return ``setting``, with its problem in place of its origin if it has one."""
     starts = (setting.keys[:length] for length in range(2, len(setting.keys) + 1))
-    if setting.kind != origins.kind or _wrong(examined).isdisjoint(starts):
+    if setting.kind != origins.kind or wrong.isdisjoint(starts):
         return setting
     return replace(setting, kind="open", origin=f"{setting.origin}, has a problem")
 
