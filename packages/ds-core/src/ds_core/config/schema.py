@@ -116,7 +116,7 @@ def default_of(info: FieldInfo) -> str:
     'true'
     """
     value = info.get_default(call_default_factory=True, validated_data={})
-    return "" if info.is_required() or isinstance(value, Section) else show(value, limit=200)
+    return "" if info.is_required() or isinstance(value, Section) else show(value, limit=1000)
 
 
 def _sentences(*parts: str) -> str:
