@@ -168,8 +168,8 @@ def old_texts(draw: st.DrawFn) -> str:
 
 def meaning(text: str) -> tuple[Any, ...]:
     examined = examine(json.loads(text), dp_world_size=2)
-    # "(it is written as ...)" is all that changes.
-    found = sorted((problem.text.partition(" (it is written")[0], problem.fix or "") for problem in examined.problems)
+    # "(it is read as ...)" is all that changes.
+    found = sorted((problem.text.partition(" (it is read as")[0], problem.fix or "") for problem in examined.problems)
     return dict(examined.config), dict(examined.config.sections), found
 
 
