@@ -67,7 +67,6 @@ OURS = {
 }
 """Keys that the specification does not have."""
 SAME_AS = {
-    "eigenvalue": "quantize_training.eigenvalue",
     "inference.quant.weight.post_init_quant.*": "weight_quantization.post_init_quant.*",
     "inference.quant.weight.quantized_initialization": "weight_quantization.quantized_initialization",
     "inference.zero": "zero_optimization",

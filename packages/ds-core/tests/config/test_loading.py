@@ -58,7 +58,7 @@ def test_a_plugin_whose_class_is_no_section() -> None:
 def test_rules_across_sections_run_beside_other_problems() -> None:
     both = {"fp16": {"enabled": True}, "bf16": {"enabled": True}}
     paths = [problem.path for problem in find_problems(both | {"checkpoint": {"tag_validation": 3}, "zork": 1})]
-    assert paths == ["zork", "checkpoint.tag_validation", "fp16.enabled"]
+    assert paths == ["fp16.enabled", "checkpoint.tag_validation", "zork"]
 
 
 def test_a_rule_is_silent_about_a_section_that_is_wrong_itself() -> None:
@@ -68,7 +68,7 @@ def test_a_rule_is_silent_about_a_section_that_is_wrong_itself() -> None:
 
 def test_two_names_of_one_section_are_reported_with_the_rest() -> None:
     problems = find_problems({"bf16": {}, "bfloat16": {}, "fp16": {"zork": 1}})
-    assert [problem.path for problem in problems] == ["fp16.zork", "bfloat16"]
+    assert [problem.path for problem in problems] == ["bfloat16", "fp16.zork"]
 
 
 UNRESOLVED: dict[str, Any] = {

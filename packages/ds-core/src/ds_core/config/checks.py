@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_core._packages import PACKAGE_OF_PLUGIN
 from ds_core.config.precision_rules import PRECISION_RULES
-from ds_core.config.problems import Problem, dotted
+from ds_core.config.problems import Problem
 from ds_core.config.section import AUTO, show
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def unresolved(config: Config) -> Iterator[Problem]:
         given = {"type": section.type, "params": section.params} if section else {}
         for path, value in _leaves(given, (name,)):
             if value == AUTO:
-                yield Problem(dotted(path), '"auto" was not replaced by a value', "give a value, or remove the key")
+                yield Problem.at(path, '"auto" was not replaced by a value', "give a value, or remove the key")
 
 
 def _leaves(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
@@ -57,9 +57,10 @@ def _leaves(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str
 
 def _own_partition(config: Config) -> Iterator[Problem]:
     if config.partition.type is not None and config.zero_optimization.stage > 0:
-        yield Problem(
-            "partition.type",
-            f"got {show(config.partition.type)}, and zero_optimization.stage is {config.zero_optimization.stage}",
+        yield Problem.at(
+            ("partition", "type"),
+            f"got {show(config.partition.type)}, which takes the place of ZeRO, and zero_optimization.stage is "
+            f"{config.zero_optimization.stage}",
             'remove "type" from "partition", or set "stage" to 0',
         )
 
@@ -96,8 +97,8 @@ def _files_need_a_folder(config: Config) -> Iterator[Problem]:
 def _offload_ratio(config: Config) -> Iterator[Problem]:
     offload = config.zero_optimization.offload_optimizer
     if offload is not None and offload.ratio < 1 and config.zero_optimization.stage != 3:
-        yield Problem(
-            "zero_optimization.offload_optimizer.ratio",
+        yield Problem.at(
+            ("zero_optimization", "offload_optimizer", "ratio"),
             f"got {offload.ratio}, below 1 is possible at stage 3 only, not at stage {config.zero_optimization.stage}",
             'set "ratio" to 1, or "stage" to 3',
         )
@@ -129,8 +130,8 @@ def _arguments(section_name: str) -> Rule:
 
 def _no_max_grad_norm(config: Config) -> Iterator[Problem]:
     if config.optimizer is not None and "max_grad_norm" in config.optimizer.params:
-        yield Problem(
-            "optimizer.params.max_grad_norm",
+        yield Problem.at(
+            ("optimizer", "params", "max_grad_norm"),
             "is not an argument of the optimizer",
             'write it as "gradient_clipping" at the top level',
         )
@@ -151,7 +152,7 @@ def _plugin_names(section_name: str) -> Rule:
             close = difflib.get_close_matches(name, words, n=1, cutoff=0.8)
             # Short names differ by one letter on purpose: fp6 is not a slip of fp16.
             if close and name not in known and len(name) >= 5:
-                yield Problem(f"{section_name}.{name}", "no plugin is called so", f'did you mean "{close[0]}"?')
+                yield Problem.at((section_name, name), "no plugin is called so", f'did you mean "{close[0]}"?')
 
     return rule
 

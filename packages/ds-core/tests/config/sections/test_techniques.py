@@ -100,7 +100,7 @@ def test_an_enabled_one_needs_groups(name: str) -> None:
     del value[name]["different_groups"]
     problem = only(value)
     assert problem.path == name
-    assert problem.text.endswith(', needs "different_groups" while it is enabled')
+    assert problem.text.endswith('needs "different_groups" while it is enabled')
     value[name]["shared_parameters"]["enabled"] = False
     assert validate(CompressionTrainingSection, value)[1] == []
 
@@ -109,7 +109,7 @@ def test_an_enabled_one_needs_groups(name: str) -> None:
 def test_an_enabled_one_needs_its_params(name: str) -> None:
     problem = only(technique(name, params={}))
     keys = " and ".join(f'"different_groups.mine.params.{key}"' for key in PARAMS[name])
-    assert problem.text.endswith(f", needs {keys} while it is enabled")
+    assert problem.text.endswith(f"needs {keys} while it is enabled")
     assert validate(CompressionTrainingSection, technique(name, params={}, enabled=False))[1] == []
 
 
@@ -151,7 +151,7 @@ def test_heads_are_counted() -> None:
 def test_words(name: str, key: str, allowed: str) -> None:
     problem = only({name: {"shared_parameters": {key: "zork"}}})
     assert problem.path == f"{name}.shared_parameters.{key}"
-    assert problem.text == f'got "zork", allowed are {allowed}'
+    assert problem.text in (f'got "zork", allowed are {allowed}', f'got "zork", only {allowed} is allowed')
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,13 @@ from pydantic_core import PydanticCustomError
 __all__ = ["Betas", "Flag", "PerGroup", "Rate", "Real", "Share", "StepCount", "Steps", "whole"]
 
 
+NO_QUOTES = ", not in quotes"
+
+
 def _real(value: Any) -> float:
     number = _as_float(value)
     if number is None:
-        raise PydanticCustomError("number", "must be a finite number, not in quotes")
+        raise PydanticCustomError("number", "must be a finite number" + (NO_QUOTES if isinstance(value, str) else ""))
     return number
 
 
@@ -33,10 +36,15 @@ def _as_float(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _is_whole_float(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()
+
+
 def whole(value: Any) -> int:
     """Return ``value`` if it is an int; 4.0 and "4" are none."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise PydanticCustomError("whole_number", "must be a whole number, without a point and not in quotes")
+        why = NO_QUOTES if isinstance(value, str) else ", without a point" if _is_whole_float(value) else ""
+        raise PydanticCustomError("whole_number", "must be a whole number" + why)
     return int(value)
 
 

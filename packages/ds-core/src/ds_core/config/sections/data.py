@@ -78,12 +78,12 @@ class _Difficulty(Section):
         """Return what keeps the schedule from running, in the words of an error."""
         keys = ("min_difficulty", "max_difficulty", "schedule_type")
         absent = [f'"{key}"' for key in keys if getattr(self, key) is None]
-        found = [f"needs {_listed(absent)}"] if absent else []
         config = self.schedule_config
         needed = NEEDED[self.schedule_type] if self.schedule_type else ()
         missing = [f'"schedule_config.{key}"' for key in needed if getattr(config, key) is None]
+        found = [f"needs {_listed(absent + missing)}"] if absent or missing else []
         if missing:
-            found.append(f'needs {_listed(missing)} for schedule_type "{self.schedule_type}"')
+            found[0] += f' for schedule_type "{self.schedule_type}"'
         elif self.schedule_type == "fixed_discrete" and config.difficulty is not None and config.max_step is not None:
             values, steps = len(config.difficulty), len(config.max_step)
             if values != steps + 1:
