@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from ds_core._packages import PACKAGE_OF_PLUGIN
 from ds_core.config.catalog import all_sections
 from ds_core.config.config import BatchKeys, Config
+from ds_core.config.effects import key_state, section_state
 from ds_core.config.migrate import DEPRECATED
 from ds_core.config.problems import sections_of
 from ds_core.config.schema import TYPES, default_of, names_of, plain
-from ds_core.config.section import NoEffect, NotBuilt, Section, show
+from ds_core.config.section import Section, show
 from ds_core.config.sections.arguments import ARGUMENTS
-from ds_core.config.sections.moved import Moved
 from ds_core.config.value_schema import options
 from ds_core.errors import ConfigError, NotBuiltError
 from ds_core.optim.build import find_optimizer
@@ -35,15 +35,6 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parents[1] / "docs" / "config"
 COMMAND = "nox -s docs -- --write"
 HEAD = f"<!-- Written by `{COMMAND}` from the classes in ds_core.config: change those, not this page. -->\n"
-
-NEEDS = {
-    "fp16": PACKAGE_OF_PLUGIN["precision", "fp16"],
-    "bf16": PACKAGE_OF_PLUGIN["precision", "bf16"],
-    "torch_autocast": PACKAGE_OF_PLUGIN["precision", "torch_autocast"],
-    "zero_optimization": PACKAGE_OF_PLUGIN["partition", "1"],
-    "aio": PACKAGE_OF_PLUGIN["partition", "1"],
-}
-"""Sections that another package carries out once they are on."""
 
 INDEX = """# Configuration
 
@@ -68,7 +59,8 @@ def pages() -> dict[str, str]:
     """Return the name of each page -> its text."""
     found = {"README.md": _index(), "top-level.md": _top_level()}
     for name, model in all_sections().items():
-        text = f"# `{name}`\n\n{_head(model, name)}\n{_keys(model, name)}{_nested(model, name, _state(model, name))}"
+        text = f"# `{name}`\n\n{_head(model, name)}\n{_keys(model, name)}"
+        text += _nested(model, name, section_state(model, name))
         found[f"{name}.md"] = HEAD + text + _arguments(name) + _old_keys((name,))
     return {name: text.rstrip("\n") + "\n" for name, text in found.items()}
 
@@ -77,7 +69,7 @@ def _index() -> str:
     rows = ["| [top level](top-level.md) | Keys outside of any section. | effective |\n"]
     for name, model in all_sections().items():
         meaning = plain((inspect.getdoc(model) or "").partition("\n\n")[0])
-        rows.append(f"| [`{name}`]({name}.md) | {_cell(meaning)} | {_state(model, name)} |\n")
+        rows.append(f"| [`{name}`]({name}.md) | {_cell(meaning)} | {_cell(section_state(model, name))} |\n")
     return HEAD + INDEX + "".join(rows)
 
 
@@ -92,17 +84,9 @@ def _top_level() -> str:
     return HEAD + text + _old_keys(())
 
 
-def _state(model: type[Section], name: str) -> str:
-    if model.comes_with:
-        return f"not built, refused while it is on; comes with a later release of {model.comes_with}"
-    if model.no_effect:
-        return f"no effect: {_cell(model.no_effect)}"
-    return f"needs {NEEDS[name]}" if name in NEEDS else "effective"
-
-
 def _head(model: type[Section], name: str) -> str:
     text = "\n\n".join(map(plain, (inspect.getdoc(model) or "").split("\n\n")))
-    state = _state(model, name)
+    state = section_state(model, name)
     return f"{text}\n\nState: {state}." + (f" Source: {model.source}." if model.source else "") + "\n"
 
 
@@ -110,7 +94,7 @@ TABLE = "| Key | Type | Default | Meaning | State |\n|---|---|---|---|---|\n"
 
 
 def _keys(model: type[Section], name: str) -> str:
-    rows = [_row(model, field, _state(model, name)) for field in model.model_fields]
+    rows = [_row(model, field, section_state(model, name)) for field in model.model_fields]
     further = ""
     if model.model_config.get("extra") == "allow":
         further = "\nFurther keys are accepted; see above for what becomes of them.\n"
@@ -127,7 +111,7 @@ def _row(model: type[Section], field: str, state: str) -> str:
         _type(info),
         "required" if info.is_required() else f"`{default}`" if default else "",
         plain(_descriptions(model)[field]),
-        _key_state(info, state),
+        key_state(info, state),
     )
     return "| " + " | ".join(map(_cell, cells)) + " |\n"
 
@@ -135,19 +119,6 @@ def _row(model: type[Section], field: str, state: str) -> str:
 @cache
 def _descriptions(model: type[Section]) -> Mapping[str, str]:
     return model.descriptions()  # reads the source, which takes its time
-
-
-def _key_state(info: FieldInfo, state: str) -> str:
-    for marker in info.metadata:
-        if isinstance(marker, Moved):
-            return "deprecated"
-        if isinstance(marker, NotBuilt):
-            return f"not built: only {' or '.join(f'`{show(value)}`' for value in marker.accepted)}"
-        if isinstance(marker, NoEffect):
-            if marker.when is None:
-                return f"no effect: {marker.why}"
-            return f"{state.partition(',')[0]}; no effect where {marker.why}"
-    return state.partition(",")[0]
 
 
 def _type(info: FieldInfo) -> str:

@@ -141,6 +141,7 @@ class Config(Section):
     _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
     _further: dict[str, Section] = PrivateAttr(default_factory=dict)
     _ignored: tuple[str, ...] = PrivateAttr(default=())
+    _dropped: dict[str, str] = PrivateAttr(default_factory=dict)
     _where: str = PrivateAttr(default="config dict")
 
     @property
@@ -157,6 +158,11 @@ class Config(Section):
     def ignored(self) -> tuple[str, ...]:
         """Dotted paths of the keys that compatibility mode dropped."""
         return self._ignored
+
+    @property
+    def dropped(self) -> Mapping[str, str]:
+        """Dotted path of each deprecated key that is read as nothing -> what to do about it."""
+        return self._dropped
 
     @property
     def sections(self) -> Mapping[str, Section]:
@@ -185,6 +191,19 @@ class Config(Section):
     def enables(self, name: str) -> bool:
         """Return whether section ``name`` is enabled; a precision also where ``precision.type`` names it."""
         return bool(getattr(self, name).enabled) or self.precision.type == name
+
+    def plugin(self, section: str) -> str:
+        """Return the name of the plugin in force: what ``section`` says, else what the core chooses.
+
+        Args:
+            section: ``"checkpoint"``, ``"precision"`` or ``"partition"``.
+        """
+        chosen: str | None = getattr(self, section).chosen
+        if chosen is not None:
+            return chosen
+        if section == "partition":
+            return "replicated" if self.zero_optimization.stage == 0 else str(self.zero_optimization.stage)
+        return next((name for name in ("fp16", "bf16", "torch_autocast") if self.enables(name)), "fp32")
 
     def options(self, section: str, name: str, model: type[S] | None) -> S | None:
         """Return the options of plugin ``name``: its sub-section ``section.name``, checked.

@@ -26,6 +26,10 @@ Float32States = Annotated[
     Flag,
     NoEffect("optimizer state has the dtype of the master weights; bf16.bf16_optimizer_states is what changes it"),
 ]
+AdamWStays = NoEffect(
+    '"AdamW" stays AdamW, as in DeepSpeed',
+    when=lambda config: config.optimizer is not None and config.optimizer.type.lower() == "adamw",
+)
 SetsGradNone = Annotated[Flag, NotBuilt(True, why="which is not built yet: gradients become None after a step")]
 
 
@@ -59,7 +63,7 @@ class AdamArguments(_Moments):
     """Gradients become None after a step, not zeros."""
     torch_adam: Annotated[Flag, NoEffect("Adam and AdamW are torch's in any case")] = False
     """Take torch's own class."""
-    adam_w_mode: Flag = True
+    adam_w_mode: Annotated[Flag, AdamWStays] = True
     """``Adam`` only: weight decay acts on the weights (AdamW); false: through the moments (L2). ``AdamW`` stays one."""
     fp32_optimizer_states: Float32States = True
     """Keep the moments in fp32 where the optimizer runs on the CPU."""
@@ -97,7 +101,7 @@ class AdagradArguments(_OfTorch):
     """Added to the root of the sum of squares, so that it can divide."""
     amsgrad: NoAmsgrad = False
     """With offload only: stored, and nothing else."""
-    fp32_optimizer_states: Float32States = True
+    fp32_optimizer_states: Flag = True
     """With offload only: keep the sum of squares in fp32."""
 
 
