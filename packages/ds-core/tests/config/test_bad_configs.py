@@ -1,6 +1,6 @@
 """Bad configurations (``bad/*.json``, ``*.hjson``) and the whole error of each (``*.txt``): no more reaches a user.
 
-The errors can be written anew, to see in a diff what a change of wording does; each must then be read as its user will::
+The errors can be written anew, to see in a diff what a change of wording does; read each as its user will::
 
     DS_WRITE_BAD_CONFIGS=1 pytest packages/ds-core/tests/config/test_bad_configs.py
 """

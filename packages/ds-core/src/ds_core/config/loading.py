@@ -13,7 +13,17 @@ from ds_core.config.batch import BatchSizes, resolve_batch
 from ds_core.config.checks import check, unresolved
 from ds_core.config.config import BatchKeys, Config
 from ds_core.config.migrate import Renamed, migrate
-from ds_core.config.problems import Problem, placed, raise_problems, unknown_key, validate
+from ds_core.config.problems import (
+    COMPATIBLE_VARIABLE,
+    Problem,
+    dotted,
+    in_order,
+    placed,
+    raise_problems,
+    unknown_key,
+    validate,
+    without_consequences,
+)
 from ds_core.config.reading import Document, Source, copied, read
 from ds_core.config.section import AUTO, Section, show
 from ds_core.errors import ConfigError
@@ -26,9 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["COMPATIBLE_VARIABLE", "Examined", "examine", "find_problems", "load_config"]
 
 BATCH = tuple(BatchKeys.model_fields)
-COMPATIBLE_VARIABLE = "DS_CONFIG_COMPATIBLE"
-"""Environment variable that turns compatibility mode on where the caller does not choose: 1, or 0."""
-
 SCHEMA_KEY = "$schema"
 """The key in which a file names its JSON Schema, for editors."""
 
@@ -72,7 +79,7 @@ def load_config(source: Source, *, dp_world_size: int = 1, compatible: bool | No
     for renamed in examined.renamed:
         log.log_dist(str(renamed), level=logging.WARNING)
     for problem in examined.warnings:
-        log.log_dist(f"ignored, as DeepSpeed does: {problem}", level=logging.WARNING)
+        log.log_dist(f"ignored in compatibility mode: {problem}", level=logging.WARNING)
     return examined.config
 
 
@@ -103,9 +110,11 @@ def examine(source: Source, *, dp_world_size: int | None = None, compatible: boo
     is_compatible = _from_environment() if compatible is None else compatible
     document = read(source)
     twice = [Problem.at(keys, "is given twice in one object", "keep one of the two") for keys in document.twice]
-    raw, renamed, problems = migrate(document.raw)
+    raw, renamed, old = migrate(document.raw)
+    # The keys of these are dropped already.
+    warnings = [problem for problem in old if problem.ignorable and is_compatible]
+    problems = [problem for problem in old if problem not in warnings]
     config, found = _check(raw, dp_world_size)
-    warnings: list[Problem] = []
     # Dropping a key can uncover another: a section whose keys are all dropped, a rule that runs on valid sections only.
     while is_compatible and (ignored := [problem for problem in found if problem.ignorable]):
         warnings += ignored
@@ -114,10 +123,16 @@ def examine(source: Source, *, dp_world_size: int | None = None, compatible: boo
     written = {row.new: row.old for row in renamed if row.new is not None}
     config._raw, config._where = document.raw, document.where
     config._ignored = tuple(problem.path for problem in warnings)
+    config._dropped = {dotted(row.old): row.text for row in renamed if row.new is None}
+
+    def sorted_out(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+        found = [placed(problem, document, written) for problem in without_consequences([*problems])]
+        return tuple(in_order(found, document))
+
     return Examined(
         config,
-        tuple(placed(problem, document, written) for problem in (*twice, *problems, *found)),
-        tuple(placed(problem, document, written) for problem in warnings),
+        sorted_out((*twice, *problems, *found)),
+        sorted_out(warnings),
         tuple(renamed),
         document,
         dp_world_size,
@@ -186,7 +201,7 @@ def _sorted_out(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Section]
             problems.append(Problem(str(key), f"a key must be text, got {show(key)}", f'write it as "{key}"'))
         elif key == SCHEMA_KEY:
             continue
-        elif key not in Config.fields_by_key() and (value is None or value == AUTO):
+        elif key not in Config.fields_by_key() and _is_absent(key, value):
             # A section that is null is absent; one that nobody knows is told below, whatever its value.
             foreign |= {} if key in catalog.RARE else {key: value}
         elif key in Config.fields_by_key():
@@ -211,13 +226,22 @@ def _sorted_out(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Section]
     return known, further, problems
 
 
+def _is_absent(key: str, value: Any) -> bool:
+    return (
+        value is None or (isinstance(value, str) and value == AUTO) or (value is False and key in catalog.OFF_IF_FALSE)
+    )
+
+
 def _section(model: type[Section], name: str, value: Any) -> tuple[Section | None, list[Problem]]:
     section, problems = validate(model, value, path=(name,))
-    if section is not None and section.comes_with and section.is_on() and not _is_carried_out(name):
+    # That it is not built is told beside what is wrong in it, not only once that is mended.
+    is_switched_on = isinstance(value, dict) and value.get("enabled") is True and "enabled" in model.model_fields
+    is_on = is_switched_on if section is None else section.is_on()
+    if model.comes_with and is_on and not _is_carried_out(name):
         fix = f'remove "{name}"'
         if "enabled" in model.model_fields:
             fix += ', or set its "enabled" to false'
-        text = f"this section is not built yet; it comes with a later release of {section.comes_with}"
+        text = f"this section is not built yet; it comes with a later release of {model.comes_with}"
         problems.append(Problem.at((name,), text, fix))
     return section, problems
 
@@ -253,7 +277,7 @@ def _batch(
         ), []
     except ConfigError as error:
         path, _, text = error.what.partition(": ")
-        return filler, [Problem.at((path,), text, error.fix)]
+        return filler, [Problem(path, text, error.fix, (path,) if path in BATCH else ())]
 
 
 def _elastic(

@@ -134,7 +134,7 @@ class Section(BaseModel):
         >>> Probe().why_off(), Probe(enabled=True).why_off()
         ('not enabled', '')
         """
-        if "enabled" in type(self).model_fields and not self.is_on():
+        if "enabled" in type(self).model_fields and not getattr(self, "enabled") and not self.is_on():  # noqa: B009
             return "not enabled"
         if self.comes_with:
             return f"what reads it comes with a later release of {self.comes_with}"
@@ -255,6 +255,8 @@ def show(value: Any, *, limit: int = 60) -> str:
 def _json(value: Any, depth: int) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Enum):
+        return _json(value.value, depth)
     if isinstance(value, str):
         return json.dumps(value[:1000], ensure_ascii=False)
     if isinstance(value, Mapping):
