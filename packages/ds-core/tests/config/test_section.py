@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from enum import Enum
 from typing import Annotated, Any
 
 import numpy
@@ -157,12 +158,26 @@ def test_every_key_is_described(section: type[Section]) -> None:
     assert all(text.endswith(".") for text in section.descriptions().values())
 
 
+class Color(Enum):
+    RED = "red"
+
+
+class Unshowable:
+    def __repr__(self) -> str:
+        raise RuntimeError("not now")
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
         ({"a": [True, None, "x"]}, '{"a": [true, null, "x"]}'),
         ("x" * 100, '"' + "x" * 56 + "..."),
         ({"a": {"b": {"c": {"d": 1}}}}, '{"a": {"b": {"c": {...}}}}'),
+        (Color.RED, '"red"'),
+        # Python writes no whole number of more than 4300 digits.
+        pytest.param(10**5000, "2**16609 or more", id="huge"),
+        pytest.param(-(10**5000), "-2**16609 or more", id="hugely negative"),
+        (Unshowable(), "an object of type Unshowable"),
     ],
 )
 def test_show(value: Any, text: str) -> None:

@@ -116,7 +116,8 @@ def _conflict(train: int, micro: int, accumulation: int, world: int) -> ConfigEr
         if train % others == 0:
             fixes.append(f"set {name} to {train // others}")
     if train % (micro * accumulation) == 0:
-        fixes.append(f"run on {train // (micro * accumulation)} ranks")
+        ranks = train // (micro * accumulation)
+        fixes.append(f"run on {ranks} rank{'s' if ranks > 1 else ''}")
     return ConfigError(
         f"{TRAIN}: {train} is not {MICRO} x {ACCUMULATION} x ranks = {micro} x {accumulation} x {world} = {product}",
         fix=", or ".join([*fixes, f"leave out {TRAIN}"]),

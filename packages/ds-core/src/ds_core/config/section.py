@@ -264,7 +264,12 @@ def _json(value: Any, depth: int) -> str:
         return "{" + ", ".join(inner) + "}" if depth > 0 else "{...}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_json(item, depth - 1) for item in _first(value)) + "]" if depth > 0 else "[...]"
-    return repr(value)
+    if isinstance(value, int) and value.bit_length() > 4000:  # Python refuses to write whole numbers of 4300 digits
+        return f"{'-' if value < 0 else ''}2**{value.bit_length() - 1} or more"
+    try:
+        return repr(value)
+    except Exception:  # a stranger's object; that it cannot be shown must not hide what is wrong with it
+        return f"an object of type {type(value).__name__}"
 
 
 def _first(items: Any) -> list[Any]:
