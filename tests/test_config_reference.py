@@ -10,7 +10,7 @@ from config_reference import COMMAND, main, pages, stale, write
 
 from ds_core.config.catalog import all_sections
 from ds_core.config.config import Config
-from ds_core.config.problems import sections_of
+from ds_core.config.paths import sections_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,7 +18,7 @@ from ds_core.config.catalog import all_sections
 from ds_core.config.config import BatchKeys, Config
 from ds_core.config.effects import key_state, section_state
 from ds_core.config.migrate import DEPRECATED
-from ds_core.config.problems import sections_of
+from ds_core.config.paths import sections_of
 from ds_core.config.schema import TYPES, default_of, names_of, plain
 from ds_core.config.section import Section, show
 from ds_core.config.sections.arguments import ARGUMENTS

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ds_core.config import examine
 from ds_core.config.catalog import all_sections
 from ds_core.config.config import BatchKeys, Config
-from ds_core.config.problems import sections_of
+from ds_core.config.paths import sections_of
 from ds_core.config.schema import names_of
 from ds_core.config.section import Section
 from ds_core.config.sections.arguments import ARGUMENTS

@@ -24,12 +24,13 @@ from ds_core.config.catalog import all_sections
 from ds_core.config.config import BatchKeys, Config
 from ds_core.config.effects import without_effect
 from ds_core.config.migrate import DEPRECATED
-from ds_core.config.problems import Problem, dotted, sections_of
+from ds_core.config.paths import dotted, sections_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from ds_core.config.loading import Examined
+    from ds_core.config.problems import Problem
 
 HERE = Path(__file__).parent
 Keys = tuple[Any, ...]

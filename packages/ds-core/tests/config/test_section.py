@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from ds_core.config import Config, Count, DtypeName, Int, NotBuilt, Number, PositiveInt, Section, key
 from ds_core.config.config import BatchKeys
-from ds_core.config.problems import sections_of, validate
+from ds_core.config.paths import sections_of
+from ds_core.config.problems import validate
 from ds_core.config.section import show
 
 

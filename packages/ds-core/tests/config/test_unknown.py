@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from ds_core.config import find_problems
-from ds_core.config.unknown import DROP_OTHERS, dotted, owners
+from ds_core.config.paths import dotted
+from ds_core.config.unknown import DROP_OTHERS, owners
 
 REMOVE = f"remove it, or {DROP_OTHERS}"
 
@@ -66,7 +67,7 @@ def test_a_key_that_belongs_elsewhere(config: dict[str, Any], home: str) -> None
 
 
 def test_a_key_of_the_same_section_is_nearer_than_one_of_another() -> None:
-    assert owners("max_batch_size") == ["data_efficiency.data_sampling.dynamic_batching"]
+    assert owners("max_batch_size") == ("data_efficiency.data_sampling.dynamic_batching",)
     assert fix_of({"elasticity": {"max_batch_size": 8}}) == 'did you mean "max_train_batch_size"?'
 
 

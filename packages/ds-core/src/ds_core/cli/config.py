@@ -220,7 +220,7 @@ def _in_order(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _dotted(keys: tuple[str | int, ...]) -> str:
-    from ds_core.config.problems import dotted
+    from ds_core.config.paths import dotted
 
     return dotted(keys)
 

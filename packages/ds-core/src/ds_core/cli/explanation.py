@@ -10,7 +10,7 @@ import json
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from ds_core.config.problems import dotted
+from ds_core.config.paths import dotted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -81,6 +81,6 @@ def plugin_section(name: str) -> type[Section]:
 def all_sections() -> Mapping[str, type[Section]]:
     """Return every top-level section of DeepSpeed's and ours -> its class, in alphabetical order; plugins' left out."""
     from ds_core.config.config import Config
-    from ds_core.config.problems import sections_of
+    from ds_core.config.paths import sections_of
 
     return dict(sorted({**sections_of(Config), **{name: rare_section(name) for name in RARE}}.items()))

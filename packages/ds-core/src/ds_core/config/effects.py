@@ -150,6 +150,6 @@ def state_of(section: type[Section], field: str) -> str:
 
 def _inside(section: type[Section]) -> set[type[Section]]:
     """Return ``section`` and all sections in it."""
-    from ds_core.config.problems import sections_of
+    from ds_core.config.paths import sections_of
 
     return {section}.union(*(_inside(model) for model in sections_of(section).values()))

@@ -14,14 +14,15 @@ from ds_core.config.effects import SWITCHES
 from ds_core.config.migrate import migrate
 from ds_core.config.notes import Note, notes_of
 from ds_core.config.origins import Origins, Setting, is_open
-from ds_core.config.problems import sections_of
+from ds_core.config.paths import sections_of
 from ds_core.config.section import AUTO, Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ds_core.config.loading import Examined
-    from ds_core.config.problems import Path, Problem
+    from ds_core.config.paths import Path
+    from ds_core.config.problems import Problem
 
 __all__ = ["Explanation", "Group", "explain"]
 

@@ -13,10 +13,9 @@ from ds_core.config.batch import BatchSizes, resolve_batch
 from ds_core.config.checks import check, unresolved
 from ds_core.config.config import BatchKeys, Config
 from ds_core.config.migrate import Renamed, migrate
+from ds_core.config.paths import dotted
 from ds_core.config.problems import (
-    COMPATIBLE_VARIABLE,
     Problem,
-    dotted,
     in_order,
     placed,
     raise_problems,
@@ -26,6 +25,7 @@ from ds_core.config.problems import (
 )
 from ds_core.config.reading import Document, Source, copied, read
 from ds_core.config.section import AUTO, Section, show
+from ds_core.config.unknown import COMPATIBLE_VARIABLE
 from ds_core.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ds_core.config.problems import Path, Problem, dotted
+from ds_core.config.paths import Path, dotted
+from ds_core.config.problems import Problem
 from ds_core.config.section import AUTO, show
 
 if TYPE_CHECKING:

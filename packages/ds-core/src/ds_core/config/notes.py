@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ds_core.config.effects import without_effect
 from ds_core.config.origins import is_open
-from ds_core.config.problems import dotted
+from ds_core.config.paths import dotted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ds_core.config.problems import Path, dotted
+from ds_core.config.paths import Path, dotted
 from ds_core.config.section import AUTO, Section
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
+from ds_core.config.paths import Path, dotted, in_collection, sections_of
 from ds_core.config.section import AUTO, Section, show
-from ds_core.config.unknown import COMPATIBLE_VARIABLE, Path, advice, dotted, in_collection, owners, sections_of
+from ds_core.config.unknown import advice
 from ds_core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -22,15 +23,10 @@ if TYPE_CHECKING:
     from ds_core.config.reading import Document
 
 __all__ = [
-    "COMPATIBLE_VARIABLE",
-    "Path",
     "Problem",
-    "dotted",
     "in_order",
-    "owners",
     "placed",
     "raise_problems",
-    "sections_of",
     "unknown_key",
     "validate",
     "without_consequences",

@@ -19,7 +19,7 @@ from ds_core.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ds_core.config.problems import Path as Keys
+    from ds_core.config.paths import Path as Keys
     from ds_core.config.spans import Span, Spans
 
 __all__ = ["Rewritten", "read_exactly", "replace_file", "rewritten"]

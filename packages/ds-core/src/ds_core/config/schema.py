@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from ds_core.config import catalog
 from ds_core.config.config import BatchKeys, Config
 from ds_core.config.migrate import DEPRECATED
-from ds_core.config.problems import sections_of
+from ds_core.config.paths import sections_of
 from ds_core.config.section import AUTO, NoEffect, NotBuilt, Section, show
 from ds_core.config.sections.arguments import ARGUMENTS
 from ds_core.config.sections.moved import Moved
