@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ds_core.config.elastic import (
     ElasticityConfigError,
@@ -28,6 +27,9 @@ from ds_core.config.problems import Problem, raise_problems, validate
 from ds_core.config.section import show
 from ds_core.config.sections.elasticity import VERSIONS, ElasticitySection
 from ds_core.errors import ConfigError, NotBuiltError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = [
     "ElasticityConfigError",
@@ -44,11 +46,10 @@ OLDEST_TARGET = (0, 3, 8)
 def elasticity_enabled(ds_config: Mapping[str, Any]) -> bool:
     """Return whether the section ``elasticity`` of a configuration is there and on.
 
-    >>> elasticity_enabled({"elasticity": {"enabled": True}}), elasticity_enabled({})
-    (True, False)
+    >>> [elasticity_enabled({"elasticity": {"enabled": word}}) for word in (True, "false")]
+    [True, False]
     """
-    section = ds_config.get("elasticity")
-    return isinstance(section, Mapping) and bool(section.get("enabled", False))
+    return ElasticitySection.is_switched_on(ds_config.get("elasticity"))
 
 
 def ensure_immutable_elastic_config(runtime_elastic_config_dict: Mapping[str, Any]) -> None:

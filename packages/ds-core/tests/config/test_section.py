@@ -190,3 +190,46 @@ def test_show_stops_early() -> None:
     endless: list[Any] = []
     endless.extend([endless] * 100)
     assert len(show(endless)) == 60
+
+
+class Switched(Section):
+    """A section with a switch."""
+
+    enabled: bool = False
+    """The switch."""
+    depth: Count = 2
+    """Another key."""
+
+
+@pytest.mark.parametrize(
+    ("data", "is_on"),
+    [
+        ({"enabled": True}, True),
+        ({"enabled": 1}, True),
+        ({"enabled": "true"}, True),
+        ({"enabled": "On"}, True),
+        ({"enabled": False}, False),
+        ({"enabled": "false"}, False),
+        ({"enabled": "auto"}, False),
+        ({"enabled": "maybe"}, False),
+        ({"enabled": 2}, False),
+        ({"enabled": []}, False),
+        ({}, False),
+        # What else is wrong there does not matter.
+        ({"enabled": True, "depth": -1, "zork": 3, 4: 5}, True),
+        (None, False),
+        (True, False),
+        ([("enabled", True)], False),
+    ],
+)
+def test_is_switched_on_by_the_rules_of_the_field(data: Any, is_on: bool) -> None:
+    assert Switched.is_switched_on(data) is is_on
+
+
+def test_a_section_that_is_on_unless_it_is_switched_off() -> None:
+    class Always(Section):
+        enabled: bool = True
+
+    data = ({}, {"enabled": "auto"}, {"enabled": "no"}, None)
+    assert [Always.is_switched_on(each) for each in data] == [True, True, False, False]
+    assert Inner.is_switched_on({"enabled": True}) is False

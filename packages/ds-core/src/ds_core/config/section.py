@@ -11,10 +11,20 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from numbers import Integral
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, core_schema
 
 if TYPE_CHECKING:
@@ -126,6 +136,27 @@ class Section(BaseModel):
                 return True
         return bool(self.__pydantic_extra__)
 
+    @classmethod
+    def is_switched_on(cls, data: Any) -> bool:
+        """Return whether ``data``, written where the section belongs and perhaps wrong in other keys, enables it.
+
+        Its ``enabled`` is read by the rules of that field alone; False where it is wrong, or no section is there.
+
+        >>> class Probe(Section):
+        ...     enabled: bool = False
+        ...     depth: Count = 2
+        >>> [Probe.is_switched_on({"enabled": word, "depth": -1}) for word in (True, "false", 1, "auto", "x")]
+        [True, False, True, False, False]
+        """
+        field = cls.model_fields.get("enabled")
+        if field is None or not isinstance(data, Mapping):
+            return False
+        written = cls.prepare({key: value for key, value in data.items() if cls._field_of_key.get(key) == "enabled"})
+        try:
+            return bool(_checker(cls, "enabled").validate_python(written.get("enabled", field.default)))
+        except ValidationError:
+            return False
+
     def why_off(self) -> str:
         """Return why nothing in the section is at work, empty if it is.
 
@@ -175,6 +206,15 @@ class Section(BaseModel):
             return getattr(self, field) if field and field != name else super().__getattr__(name)
 
 
+@cache
+def _checker(section: type[Section], field: str) -> TypeAdapter[Any]:
+    """Return what checks a value of one field by itself."""
+    info = section.model_fields[field]
+    checked: Any = Annotated[info.annotation, info]
+    return TypeAdapter(checked)
+
+
+@cache
 def _docstrings(section: type[Section]) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
     assert isinstance(body, ast.ClassDef)
