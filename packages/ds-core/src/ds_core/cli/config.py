@@ -156,9 +156,9 @@ def _print_migration(file: str, result: Rewritten) -> None:
     typer.echo(f"{file}: {done}", err=True)
     for row in result.renamed:
         if row.new is None:
-            now = "removed" if row.text == "remove it" else f"removed: {row.text}"
+            now = "removed" if row.instead is None else f"removed: {row.text}"
         else:
-            now = row.text.removeprefix("write ") if row.new == row.old else _dotted(row.new)
+            now = row.instead if row.new == row.old else _dotted(row.new)
         typer.echo(f"  {_dotted(row.old)} -> {now}", err=True)
     problems = find_problems(parse(result.text.removeprefix("\ufeff"), file).value)
     if problems:

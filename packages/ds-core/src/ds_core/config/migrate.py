@@ -27,8 +27,13 @@ class Renamed:
     """Where it was written."""
     new: Path | None
     """Where it is read; None: it was dropped."""
-    text: str
-    """What to write instead."""
+    instead: str | None
+    """The replacement as users write it; None: nothing takes its place."""
+
+    @property
+    def text(self) -> str:
+        """What to do about it."""
+        return "remove it" if self.instead is None else f"write {self.instead}"
 
     def __str__(self) -> str:
         return f"{dotted(self.old)} is deprecated: {self.text}"
@@ -123,7 +128,7 @@ def _moved(result: dict[str, Any]) -> list[Renamed]:
 
     result["inference"], moves = moved(InferenceSection, result["inference"])
     return [
-        Renamed(("inference", old), ("inference", *new), f'write "{new[0]}": {{"{new[1]}": ...}}')
+        Renamed(("inference", old), ("inference", *new), f'"{new[0]}": {{"{new[1]}": ...}}')
         for old, new in moves.items()
     ]
 
@@ -138,10 +143,9 @@ def _apply(row: Deprecated, holder: dict[str, Any]) -> tuple[list[Renamed], list
         text = f"its replacement, {row.instead}, is given too"
         return [], [Problem.at(old, text, "remove the old key", ignorable=row.yields)]
     if value == AUTO or row.new is None or (row.is_switch and value is False):
-        instead = f"write {row.instead}" if row.new is None and value is True else "remove it"
-        return [Renamed(old, None, f"{instead}")], []
+        return [Renamed(old, None, row.instead if row.new is None and value is True else None)], []
     holder[row.new] = row.value(value)
-    return [Renamed(old, (*row.section, row.new), f"write {row.instead}")], []
+    return [Renamed(old, (*row.section, row.new), row.instead)], []
 
 
 def _legacy_zero(result: dict[str, Any]) -> list[Renamed]:
@@ -151,5 +155,5 @@ def _legacy_zero(result: dict[str, Any]) -> list[Renamed]:
         return []
     numel = result.pop("allgather_size", ALLGATHER_NUMEL) if legacy else None
     result["zero_optimization"] = {"stage": 1, "allgather_bucket_size": numel} if legacy else {"stage": 0}
-    instead = f'write "zero_optimization": {show(result["zero_optimization"])}'
+    instead = f'"zero_optimization": {show(result["zero_optimization"])}'
     return [Renamed(("zero_optimization",), ("zero_optimization",), instead)]
