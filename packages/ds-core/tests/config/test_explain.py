@@ -248,12 +248,12 @@ def test_deprecated_keys_say_how_they_were_written(tmp_path: Path) -> None:
 
 def test_base64_has_no_lines() -> None:
     text = base64.urlsafe_b64encode(json.dumps({"train_batch_size": 8, "bf16": {"enabled": True}}).encode()).decode()
-    assert of(text)["bf16.enabled"] == Setting(("bf16", "enabled"), True, "caller", "base64 text")
+    assert of(text)["bf16.enabled"] == Setting(("bf16", "enabled"), True, "caller", "base64 text", is_given=True)
 
 
 def test_arguments_left_out_are_shown_where_the_type_is_known() -> None:
     found = of({"optimizer": {"type": "AdamW", "params": {"lr": 1, "weight_decay": "auto"}}})
-    assert found["optimizer.params.lr"] == Setting(("optimizer", "params", "lr"), 1, "caller", "caller")
+    assert found["optimizer.params.lr"] == Setting(("optimizer", "params", "lr"), 1, "caller", "caller", is_given=True)
     assert found["optimizer.params.betas"] == Setting(
         ("optimizer", "params", "betas"), (0.9, 0.999), "default", "default"
     )
@@ -275,7 +275,8 @@ def test_a_broken_section_is_shown_as_written_and_the_others_in_full() -> None:
     assert found["zero_optimization.leaf_module.classes"].value == "A"
     assert found["zero_optimization.overlapp_comm"].origin == "caller, has a problem"
     assert "zero_optimization.reduce_scatter" not in found
-    assert found["gradient_clipping"] == Setting(("gradient_clipping",), "strong", "open", "caller, has a problem")
+    clipping = Setting(("gradient_clipping",), "strong", "open", "caller, has a problem", is_given=True)
+    assert found["gradient_clipping"] == clipping
     assert len(explanation.problems) == len(examine(MINE["broken"]).problems) > 5
 
 
@@ -306,6 +307,47 @@ def test_all_keys_lists_everything() -> None:
     assert explanation.off == ()
     found = {setting.path for setting in explanation.settings}
     assert {"fp16.hysteresis", "flops_profiler.profile_step", "zero_optimization.leaf_module.names"} <= found
+
+
+LEFT_OUT = [
+    ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage3_max_live_parameters", True),
+    ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage3_max_live_parameters", False),
+    (
+        {"zero_optimization": {"stage": 2, "stage3_max_live_parameters": "auto"}},
+        "zero_optimization.stage3_max_live_parameters",
+        False,
+    ),
+    ({"zero_optimization": {"stage": 2}}, "zero_optimization.leaf_module.names", True),
+    ({"zero_optimization": {"stage": 3}}, "zero_optimization.leaf_module.names", False),
+    ({"zero_optimization": {"stage": 3}}, "zero_optimization.round_robin_gradients", True),
+    ({}, "dump_state", True),
+    ({"dump_state": False}, "dump_state", False),
+    ({"dump_state": None}, "dump_state", False),
+    ({}, "zero_force_ds_cpu_optimizer", True),
+    (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+        "zero_force_ds_cpu_optimizer",
+        False,
+    ),
+    ({"optimizer": {"type": "Adam"}}, "optimizer.params.fp32_optimizer_states", True),
+    ({"optimizer": {"type": "Adam"}}, "optimizer.params.eps", False),
+]
+
+
+@pytest.mark.parametrize(("raw", "path", "is_left_out"), LEFT_OUT)
+def test_defaults_that_change_nothing_are_left_out_unless_asked_for(
+    raw: dict[str, Any], path: str, is_left_out: bool
+) -> None:
+    explanation = explain(examine(raw))
+    shown, left_out = ([setting.path for setting in part] for part in (explanation.settings, explanation.left_out))
+    assert (path in shown, path in left_out) == (not is_left_out, is_left_out)
+    everything = explain(examine(raw), all_keys=True)
+    assert list(everything.left_out) == []
+    assert {*shown, *left_out} <= {setting.path for setting in everything.settings}
+
+
+def test_whatever_was_written_is_shown(file: Path) -> None:
+    assert [setting for setting in explain(examine(file, compatible=True)).left_out if setting.is_given] == []
 
 
 def test_a_precision_may_be_on_by_its_type() -> None:

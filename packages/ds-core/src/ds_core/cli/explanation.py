@@ -54,6 +54,12 @@ def lines(explanation: Explanation, width: int) -> Iterator[tuple[str, bool]]:
             yield heading(group), True
             yield from ((line, False) for line in _table(group, width))
             yield "", False
+    count = len(list(explanation.left_out))
+    if count:
+        keys = "1 key at its default changes" if count == 1 else f"{count} keys at their defaults change"
+        left_out = f"{keys} nothing here and {'is' if count == 1 else 'are'} left out; --all lists everything"
+        yield from ((line, False) for line in _folded(left_out, width, ""))
+        yield "", False
     if explanation.off:
         yield "Off, or all at the defaults (--all lists them)", True
         yield from ((line, False) for line in _folded(", ".join(explanation.off), width, "  "))
@@ -118,6 +124,7 @@ def as_json(explanation: Explanation) -> dict[str, Any]:
             {"path": setting.path, "value": _plain(setting.value), "kind": setting.kind, "origin": setting.origin}
             for setting in explanation.settings
         ],
+        "left_out": [setting.path for setting in explanation.left_out],
         "off": list(explanation.off),
         "notes": [{"kind": note.kind, "path": note.path, "text": note.text} for note in explanation.notes],
     }

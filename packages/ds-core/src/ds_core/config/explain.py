@@ -13,12 +13,14 @@ from ds_core.config.config import BatchKeys, Config
 from ds_core.config.effects import SWITCHES
 from ds_core.config.migrate import migrate
 from ds_core.config.notes import Note, notes_of
-from ds_core.config.origins import Origins, Setting, is_open
-from ds_core.config.paths import sections_of
-from ds_core.config.section import AUTO, Section
+from ds_core.config.origins import Origins, Setting, given_default
+from ds_core.config.paths import fields_along, is_open, sections_of
+from ds_core.config.section import AUTO, NoEffect, NotBuilt, Section
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
+
+    from pydantic.fields import FieldInfo
 
     from ds_core.config.loading import Examined
     from ds_core.config.paths import Path
@@ -40,6 +42,8 @@ class Group:
     """Every value in it; of a section that is off, unless all were asked for, only those that were written."""
     state: str = ""
     """Why its values do nothing, or are shown as they were written; empty where they hold."""
+    left_out: tuple[Setting, ...] = ()
+    """Defaults that change nothing here: no effect in this configuration, or the one value that is built."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,15 @@ class Explanation:
 
     @property
     def settings(self) -> Iterator[Setting]:
-        """All values, in order."""
+        """All values shown, in order."""
         for group in self.groups:
             yield from group.settings
+
+    @property
+    def left_out(self) -> Iterator[Setting]:
+        """All defaults left out, in order."""
+        for group in self.groups:
+            yield from group.left_out
 
 
 def explain(examined: Examined, *, all_keys: bool = False) -> Explanation:
@@ -70,7 +80,7 @@ def explain(examined: Examined, *, all_keys: bool = False) -> Explanation:
     Args:
         examined: what ``ds_core.config.loading.examine`` returned. Its ``dp_world_size`` decides whether the batch
             sizes that were left out are shown.
-        all_keys: also the sections that are off, with all their keys.
+        all_keys: also the sections that are off, with all their keys, and defaults that change nothing.
 
     >>> from ds_core.config.loading import examine
     >>> explanation = explain(examine({"train_batch_size": 8, "gradient_accumulation_steps": 2}, dp_world_size=2))
@@ -79,7 +89,7 @@ def explain(examined: Examined, *, all_keys: bool = False) -> Explanation:
     """
     config, origins = examined.config, Origins(examined)
     raw = origins.kept(migrate(examined.document.raw)[0], ())
-    groups = [Group("", tuple(_top_level(examined, raw, origins)))]
+    groups = [_group_of("", _top_level(examined, raw, origins), Config, config, all_keys)]
     off = []
     for name in _section_names(config):
         if raw.get(name) in (None, AUTO) and not all_keys and not _is_on(config, name):
@@ -104,8 +114,9 @@ def _is_on(config: Config, name: str) -> bool:
 def _group(examined: Examined, name: str, raw: Any, origins: Origins, all_keys: bool) -> Iterator[Group]:
     config = examined.config
     section = config.section(name)
+    model = sections_of(Config)[name] if section is None else type(section)
     wrong: set[Path] = {problem.keys or tuple(problem.path.split(".")) for problem in examined.problems}
-    if _is_broken(examined.problems, name, section, raw):
+    if _is_broken(examined.problems, name, model, raw):
         settings = list(origins.as_written(raw, (name,)))
         yield Group(name, tuple(_marked(setting, wrong, origins) for setting in settings), AS_WRITTEN)
         return
@@ -116,16 +127,48 @@ def _group(examined: Examined, name: str, raw: Any, origins: Origins, all_keys: 
         settings = list(_arguments(settings, section, raw, origins))
     state = "has a problem" if (name,) in wrong else _why_off(config, name, section)
     if state and not all_keys:
-        settings = [setting for setting in settings if setting.origin not in ("default", "derived")]
-    settings = [_derived(setting, config) for setting in settings]
-    yield Group(name, tuple(_marked(setting, wrong, origins) for setting in settings), state)
+        settings = [setting for setting in settings if setting.is_given]
+    settings = [_marked(_derived(setting, config), wrong, origins) for setting in settings]
+    yield _group_of(name, settings, model, config, all_keys, state)
 
 
-def _is_broken(problems: tuple[Problem, ...], name: str, section: Section | None, raw: Any) -> bool:
+def _group_of(
+    name: str, settings: Iterable[Setting], model: type[Section], config: Config, all_keys: bool, state: str = ""
+) -> Group:
+    """Return the group of ``settings``, without the defaults that change nothing, unless all keys were asked for."""
+    shown: list[Setting] = []
+    left_out: list[Setting] = []
+    for setting in settings:
+        is_default = setting.kind in ("default", "derived") and not setting.is_given
+        is_left_out = is_default and not all_keys and _changes_nothing(setting.keys, model, config)
+        (left_out if is_left_out else shown).append(setting)
+    return Group(name, tuple(shown), state, tuple(left_out))
+
+
+def _changes_nothing(keys: Path, model: type[Section], config: Config) -> bool:
+    """Return whether the key at ``keys`` has no effect in ``config``, or takes one value only."""
+    return any(
+        isinstance(marker, NotBuilt) or (isinstance(marker, NoEffect) and marker.holds(config))
+        for info in _fields(keys, model, config)
+        for marker in info.metadata
+    )
+
+
+def _fields(keys: Path, model: type[Section], config: Config) -> Iterator[FieldInfo]:
+    """Yield the fields along ``keys``: a path in ``model``, which is a section, or the whole configuration."""
+    if keys[:2] in (("optimizer", "params"), ("scheduler", "params")) and len(keys) > 2:
+        from ds_core.config.sections.arguments import arguments_of
+
+        section = getattr(config, str(keys[0]))
+        arguments = None if section is None else arguments_of(str(keys[0]), section.type)
+        return fields_along(arguments, keys[2:]) if arguments is not None else iter(())
+    return fields_along(model, keys if model is Config else keys[1:])
+
+
+def _is_broken(problems: tuple[Problem, ...], name: str, model: type[Section], raw: Any) -> bool:
     """Return whether section ``name`` is not what was written, because that is not valid by itself."""
     if raw in (None, AUTO) or not any(_top(problem) == name for problem in problems):
         return False
-    model = type(section) if section is not None else sections_of(Config)[name]
     try:
         model.model_validate(raw)
     except ValidationError:  # its problems are told already, and wording them takes time
@@ -146,10 +189,11 @@ def _top(problem: Problem) -> str:
 
 
 def _why_off(config: Config, name: str, section: Section) -> str:
-    has_switch = not {*SWITCHES}.isdisjoint(type(section).model_fields)
-    if _is_on(config, name) or not (has_switch or section.comes_with):
+    switch = next((name for name in SWITCHES if name in type(section).model_fields), None)
+    if _is_on(config, name) or not (switch or section.comes_with):
         return ""
-    return section.why_off().removeprefix(f"{name}.") or "off"
+    # The path of a stage would repeat what the heading begins with.
+    return f"stage is {getattr(section, switch)}" if switch == "stage" else section.why_off() or "off"
 
 
 def _derived(setting: Setting, config: Config) -> Setting:
@@ -198,8 +242,7 @@ def _top_level(examined: Examined, raw: Mapping[str, Any], origins: Origins) -> 
         elif key in wrong:
             yield origins.open((key,), raw[key], "has a problem")
         elif raw[key] == AUTO or (raw[key] is None and info.get_default() is not None):
-            why = 'for "auto"' if raw[key] == AUTO else "for null"
-            yield Setting((key,), value, "default", f"default, {why}")
+            yield given_default((key,), value, raw[key])
         else:
             yield origins.written((key,), value)
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ds_core.config.paths import is_open
 from ds_core.config.problems import Problem, validate
-from ds_core.config.section import AUTO, Section
 from ds_core.config.sections.optimizer_arguments import (
     AdagradArguments,
     AdamArguments,
@@ -32,6 +32,8 @@ from ds_core.config.sections.schedule_arguments import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from ds_core.config.section import Section
 
 __all__ = ["ARGUMENTS", "argument_problems", "arguments_of"]
 
@@ -70,12 +72,6 @@ def arguments_of(section_name: str, type_name: str) -> type[Section] | None:
     return ARGUMENTS.get((section_name, type_name.lower()))
 
 
-def _is_open(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(map(_is_open, value))
-    return isinstance(value, str) and value == AUTO
-
-
 IGNORES_UNKNOWN = {("optimizer", "muon")}
 """Types whose constructor in DeepSpeed ignores arguments it does not know; all others raise."""
 ELSEWHERE = {("optimizer", "max_grad_norm")}
@@ -92,7 +88,7 @@ def argument_problems(section_name: str, type_name: str, params: Mapping[str, An
     if model is None:
         return []
     given = {
-        name: value for name, value in params.items() if not _is_open(value) and (section_name, name) not in ELSEWHERE
+        name: value for name, value in params.items() if not is_open(value) and (section_name, name) not in ELSEWHERE
     }
     is_ignorable = (section_name, type_name.lower()) in IGNORES_UNKNOWN
     _, problems = validate(model, given, path=(section_name, "params"), unknown_is_ignorable=is_ignorable)
