@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import pathlib
 import pickle
 import sys
 from types import SimpleNamespace
@@ -162,6 +163,21 @@ def test_data_parallel_ranks(given: dict[str, Any], world_size: int, ranks: Any,
     for source in (raw, path):
         found = data_parallel_world_size(source, **objects)
         assert (found, type(found)) == (world_size, int)
+
+
+def test_the_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"train_batch_size": 6}')
+    opened, reads = pathlib.Path.open, []
+
+    def noted(path: Path, mode: str) -> Any:
+        reads.append(path)
+        return opened(path, mode)
+
+    monkeypatch.setattr(pathlib.Path, "open", noted)
+    config = DeepSpeedConfig(path)
+    assert config.train_batch_size == 6
+    assert reads == [path]
 
 
 DIVISOR = "use a divisor of 6, or start another number of ranks"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import stat
 import subprocess
 import sys
@@ -14,11 +15,17 @@ from ds_core.config import ConfigError, examine
 from ds_core.config import rewriting as module
 from ds_core.config.migrate import migrate
 from ds_core.config.parsing import parse
-from ds_core.config.rewriting import read_exactly, replace_file, rewritten
-from ds_core.config.spans import spans
+from ds_core.config.positions import Scan, scan
+from ds_core.config.reading import read, read_text
+from ds_core.config.rewriting import Rewritten, replace_file
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+def rewritten(text: str, *, drop_comments: bool = False) -> Rewritten:
+    return module.rewritten(read_text(text, "ds.json"), drop_comments=drop_comments)
+
 
 CASES = {
     "a key": ('{"bfloat16":{"enabled" :true}}', '{"bf16":{"enabled" :true}}'),
@@ -74,22 +81,30 @@ CASES = {
         "{wandb: {project: a, b\n}\n inference: {mp_size: 2\n tp: {enabled: true\n }}}",
         '{wandb: {project: a, b\n}\n inference: {tp: {enabled: true, "tp_size": 2\n }}}',
     ),
+    "HJSON and a text of many lines": (
+        "{wandb: {project: '''of\n many'''}, bfloat16: {}}",
+        "{wandb: {project: '''of\n many'''}, bf16: {}}",
+    ),
+    "HJSON in single quotes": (
+        "{'wandb': {'team': 'a\\'b'}, 'bfloat16': {}}",
+        "{'wandb': {'team': 'a\\'b'}, \"bf16\": {}}",
+    ),
 }
 
 
 @pytest.mark.parametrize(("old", "new"), CASES.values(), ids=CASES)
 def test_only_what_must_changes(old: str, new: str) -> None:
     new = new.replace(" CPU", ' {"device": "cpu"}')
-    done = rewritten(old, "ds.json")
+    done = rewritten(old)
     assert done.text == new
     assert done.renamed
-    again = rewritten(new, "ds.json")
+    again = rewritten(new)
     assert (again.text, again.renamed) == (new, ())
 
 
 def test_nothing_to_do() -> None:
     text = '{ "bf16":{"enabled":true} }  '
-    assert rewritten(text, "ds.json").text is text
+    assert rewritten(text).text is text
 
 
 @pytest.mark.parametrize(
@@ -103,23 +118,22 @@ def test_nothing_to_do() -> None:
 )
 def test_what_nobody_knows_the_meaning_of_is_refused(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
-        rewritten(text, "ds.json")
+        rewritten(text)
     assert "ds.json" in str(caught.value)
 
 
 LOSES = [
     "{zero_optimization: {cpu_offload: false # was slow\n stage: 2}}",
     "{zero_optimization: true, # was slow\n allgather_size: 5\n}",
-    "{wandb: {project: '''of\n many'''}, bfloat16: {}}",
 ]
 
 
 @pytest.mark.parametrize("text", LOSES)
 def test_comments_are_not_lost_unasked(text: str) -> None:
     with pytest.raises(ConfigError, match="cannot be kept") as caught:
-        rewritten(text, "ds.json")
+        rewritten(text)
     assert "--drop-comments" in str(caught.value.fix)
-    plain = rewritten(text, "ds.json", drop_comments=True).text
+    plain = rewritten(text, drop_comments=True).text
     assert json.loads(plain) == migrate(parse(text, "ds.json").value)[0]
 
 
@@ -176,13 +190,19 @@ def meaning(text: str) -> tuple[Any, ...]:
 @given(old_texts())
 def test_the_result_means_the_same_and_stays(text: str) -> None:
     try:
-        done = rewritten(text, "ds.json")
+        done = rewritten(text)
     except ConfigError:
         assert migrate(json.loads(text))[2], "refused only where a key contradicts its replacement"
         return
     assert meaning(done.text) == meaning(text)
-    assert rewritten(done.text, "ds.json").renamed == ()
-    assert rewritten(done.text, "ds.json").text == done.text
+    assert rewritten(done.text).renamed == ()
+    assert rewritten(done.text).text == done.text
+
+
+def scanned(text: str) -> Scan:
+    found = scan(text, is_plain_json=True, notes=True)
+    assert found.is_whole
+    return found
 
 
 @given(old_texts())
@@ -192,12 +212,9 @@ def test_json_is_changed_in_place(text: str) -> None:
     new, _, problems = migrate(parsed)
     if problems:
         return
-    done = rewritten(text, "ds.json").text
+    done = rewritten(text).text
     assert json.loads(done) == new
-    old_spans, new_spans = spans(text, is_plain_json=True), spans(done, is_plain_json=True)
-    assert old_spans is not None
-    assert new_spans is not None
-    assert set(new_spans.numbers.items()) <= set(old_spans.numbers.items())
+    assert scanned(done).numbers.items() <= scanned(text).numbers.items()
     assert ("\n" in done) == ("\n" in text)
 
 
@@ -211,8 +228,12 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_reads_exactly(file: Path) -> None:
-    assert read_exactly(str(file)) == (file, "\ufeff{\r\n}\r\n")
+def test_a_file_that_is_changed_while_it_is_rewritten(file: Path) -> None:
+    file.write_bytes(b'\xef\xbb\xbf{\r\n"bfloat16": {}}\r\n')
+    document = read(file)
+    file.write_text("{}")
+    assert module.rewritten(document).text == '\ufeff{\r\n"bf16": {}}\r\n'
+    assert document.file == file
 
 
 def test_replaces_and_keeps_permissions(file: Path) -> None:
@@ -279,7 +300,7 @@ def test_a_rename_that_fails_leaves_the_original(file: Path, monkeypatch: pytest
     def fail(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(module.Path, "replace", fail)
+    monkeypatch.setattr(pathlib.Path, "replace", fail)
     with pytest.raises(ConfigError, match="Permission denied"):
         replace_file(file, "{}")
     monkeypatch.undo()

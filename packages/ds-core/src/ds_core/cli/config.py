@@ -125,20 +125,24 @@ def migrate(
     ] = False,
 ) -> None:
     """Rewrite deprecated keys as today's and print the result; say on stderr what was done."""
-    from ds_core.config.rewriting import read_exactly, replace_file, rewritten
+    from pathlib import Path
+
+    from ds_core.config.reading import read
+    from ds_core.config.rewriting import replace_file, rewritten
 
     if in_place and output is not None:
         raise typer.BadParameter("--in-place and --output exclude each other")
     if backup and not in_place:
         raise typer.BadParameter("--backup needs --in-place")
-    path, text = read_exactly(file)
-    result = rewritten(text, str(path), drop_comments=drop_comments)
+    document = read(Path(file))
+    result = rewritten(document, drop_comments=drop_comments)
     if output is not None:
         _write(output, result.text)
     elif not in_place:
         typer.echo(result.text, nl=False)
     elif result.renamed:
-        saved = replace_file(path, result.text, backup=backup)
+        assert document.file is not None
+        saved = replace_file(document.file, result.text, backup=backup)
         if saved is not None:
             typer.echo(f"{file}: the old file is {saved}", err=True)
     _print_migration(file, result)
@@ -154,7 +158,7 @@ def _write(output: str, text: str) -> None:
 
 def _print_migration(file: str, result: Rewritten) -> None:
     from ds_core.config.loading import find_problems
-    from ds_core.config.parsing import parse
+    from ds_core.config.reading import read_text
 
     count = len(result.renamed)
     done = f"{count} deprecated key{'' if count == 1 else 's'} rewritten" if count else "no deprecated keys"
@@ -162,10 +166,12 @@ def _print_migration(file: str, result: Rewritten) -> None:
     for row in result.renamed:
         if row.new is None:
             now = "removed" if row.instead is None else f"removed: {row.text}"
+        elif row.new == row.old and row.instead is not None:
+            now = row.instead
         else:
-            now = row.instead if row.new == row.old else _dotted(row.new)
+            now = _dotted(row.new)
         typer.echo(f"  {_dotted(row.old)} -> {now}", err=True)
-    problems = find_problems(parse(result.text.removeprefix("\ufeff"), file).value)
+    problems = find_problems(read_text(result.text, file).raw)
     if problems:
         typer.echo(f"{file}: {_problems(len(problems))} left: `ds config check` tells them", err=True)
 

@@ -12,7 +12,7 @@ from ds_core import log
 from ds_core.config.catalog import RARE
 from ds_core.config.config import Config
 from ds_core.config.loading import load_config
-from ds_core.config.problems import Problem, raise_problems, validate
+from ds_core.config.problems import raise_problems, validate
 from ds_core.config.reading import copied, read
 from ds_core.config.section import PositiveInt, Section
 from ds_core.errors import ConfigError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from ds_core.config.reading import Source
+    from ds_core.config.reading import Document, Source
 
 __all__ = ["DeepSpeedConfig", "DeepSpeedConfigWriter", "MonitorConfig", "data_parallel_world_size"]
 
@@ -52,10 +52,11 @@ class DeepSpeedConfig:
     (2, False, False)
     """
 
-    def __init__(self, config: Source, mpu: Any = None, mesh_device: Any = None) -> None:
+    def __init__(self, config: Source | Document, mpu: Any = None, mesh_device: Any = None) -> None:
         self.global_rank, _ = _rank_and_world_size()
-        self.world_size = data_parallel_world_size(config, mpu, mesh_device)
-        self.config: Config = load_config(config, dp_world_size=self.world_size)
+        document = read(config)
+        self.world_size = data_parallel_world_size(document, mpu, mesh_device)
+        self.config: Config = load_config(document, dp_world_size=self.world_size)
 
     def __getattr__(self, name: str) -> Any:
         # Without a config nothing was loaded yet: unpickling and copying ask before __init__ has run.
@@ -150,7 +151,7 @@ class _SequenceParallel(Section):
     sequence_parallel_size: PositiveInt | None = None
 
 
-def data_parallel_world_size(config: Source, mpu: Any = None, mesh_device: Any = None) -> int:
+def data_parallel_world_size(config: Source | Document, mpu: Any = None, mesh_device: Any = None) -> int:
     """Return the number of data-parallel ranks, as DeepSpeed's batch rule counts them.
 
     That is ``mpu.get_data_parallel_world_size()`` where there is one, else the ranks of ``torch.distributed`` (1
@@ -190,7 +191,7 @@ def data_parallel_world_size(config: Source, mpu: Any = None, mesh_device: Any =
     return world_size if size is None else _divided(world_size, size, "sequence_parallel_size")
 
 
-def _sequence_parallel_size(config: Source) -> int | None:
+def _sequence_parallel_size(config: Source | Document) -> int | None:
     raw: Mapping[str, Any] = read(config).raw
     key = "sequence_parallel_size"
     # A wrong value is told with all other problems, by who loads the configuration.
@@ -243,8 +244,7 @@ class DeepSpeedConfigWriter:
             ConfigError: it cannot be read, or gives a key twice.
         """
         document = read(Path(filename))
-        twice = [Problem.at(keys, "is given twice in one object", "keep one of the two") for keys in document.twice]
-        raise_problems(twice, where=document.where)
+        raise_problems(document.duplicates(), where=document.where)
         self.data = document.raw
 
     def write_config(self, filename: str | os.PathLike[str]) -> None:

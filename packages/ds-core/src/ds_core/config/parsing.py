@@ -9,12 +9,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ds_core.config.positions import Keys, Lines, Scan, scan
+from ds_core.config.positions import Lines, Scan, scan
 from ds_core.config.section import show
 from ds_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from ds_core.config.paths import Path
 
 __all__ = ["MAX_BYTES", "MAX_DEPTH", "Parsed", "parse", "too_deep", "too_large"]
 
@@ -35,7 +37,7 @@ class Parsed:
     """The object that a text is, and how it was written."""
 
     value: dict[str, Any]
-    twice: tuple[Keys, ...]
+    twice: tuple[Path, ...]
     """Keys given twice in one object; the value has the last."""
     is_plain_json: bool
 
@@ -101,7 +103,7 @@ class _Object(dict[str, Any]):
             self.twice = tuple(key for key, count in Counter(key for key, _ in items).items() if count > 1)
 
 
-def _given_twice(value: Any, path: Keys) -> Iterator[Keys]:
+def _given_twice(value: Any, path: Path) -> Iterator[Path]:
     if isinstance(value, _Object):
         yield from ((*path, key) for key in value.twice)
     items: Iterable[tuple[str | int, Any]] = value.items() if isinstance(value, _Object) else enumerate(value)

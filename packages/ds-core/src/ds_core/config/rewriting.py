@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_core.config.migrate import Renamed, migrate
 from ds_core.config.parsing import parse
-from ds_core.config.problems import Problem, raise_problems
-from ds_core.config.reading import read
-from ds_core.config.spans import spans
+from ds_core.config.positions import scan
+from ds_core.config.problems import raise_problems
 from ds_core.errors import ConfigError
 
 if TYPE_CHECKING:
+    import pathlib
     from collections.abc import Mapping, Sequence
 
-    from ds_core.config.paths import Path as Keys
-    from ds_core.config.spans import Span, Spans
+    from ds_core.config.paths import Path
+    from ds_core.config.positions import Place
+    from ds_core.config.reading import Document
 
-__all__ = ["Rewritten", "read_exactly", "replace_file", "rewritten"]
+__all__ = ["Rewritten", "replace_file", "rewritten"]
 
 
 @dataclass(frozen=True)
@@ -35,62 +36,45 @@ class Rewritten:
     """What was changed."""
 
 
-def rewritten(text: str, where: str, *, drop_comments: bool = False) -> Rewritten:
-    """Return the configuration ``text`` without its deprecated keys: the same values, read with fewer warnings.
+def rewritten(document: Document, *, drop_comments: bool = False) -> Rewritten:
+    """Return a configuration without its deprecated keys: the same values, read with fewer warnings.
 
     Order, layout, comments and the spelling of numbers stay. Other problems stay too: they are not touched.
 
     Args:
-        text: JSON or HJSON.
-        where: what errors call it.
+        document: what was read from a file or base64 text.
         drop_comments: where comments cannot be kept, write plain JSON without them instead of raising.
 
     Raises:
-        ConfigError: ``text`` cannot be read, has a key twice, or has a deprecated key that contradicts its
-            replacement, so nobody knows what it means; or comments would be lost.
+        ConfigError: it has a key twice, or a deprecated key that contradicts its replacement, so nobody knows what it
+            means; or comments would be lost.
 
-    >>> rewritten('{"bf16": {"check_overflow": true}, "train_batch_size": 1e3}', "x.json").text
+    >>> from ds_core.config.reading import read_text
+    >>> rewritten(read_text('{"bf16": {"check_overflow": true}, "train_batch_size": 1e3}', "x.json")).text
     '{"bf16": {"check_grad_overflow": true}, "train_batch_size": 1e3}'
     """
-    bare = text.removeprefix("\ufeff")
-    parsed = parse(bare, where)
-    twice = [Problem.at(keys, "is given twice in one object", "keep one of the two") for keys in parsed.twice]
-    new, renamed, problems = migrate(parsed.value)
-    raise_problems([*twice, *problems], where=where)
-    if not renamed:
-        return Rewritten(text, ())
-    mark = text[: len(text) - len(bare)]
-    changed = _edited(bare, parsed.value, new, renamed, is_plain_json=parsed.is_plain_json)
-    if changed is None and not parsed.is_plain_json and not drop_comments:
+    assert document.text is not None, "a mapping has no text"
+    new, renamed, problems = migrate(document.raw)
+    raise_problems([*document.duplicates(), *problems], where=document.where)
+    text = _edited(document.text, document, new, renamed) if renamed else document.text
+    if text is None and not document.is_plain_json and not drop_comments:
         raise ConfigError(
             "its comments, or other forms that only HJSON has, cannot be kept where deprecated keys are rewritten",
-            where=where,
+            where=document.where,
             fix="rewrite the keys by hand (`ds config check` lists them), or let --drop-comments write plain JSON",
         )
-    if changed is None:
-        changed = json.dumps(new, indent=2, ensure_ascii=False) + "\n"
-    return Rewritten(mark + changed, tuple(renamed))
+    if text is None:
+        text = json.dumps(new, indent=2, ensure_ascii=False) + "\n"
+    return Rewritten("\ufeff" * document.has_mark + text, tuple(renamed))
 
 
-def read_exactly(file: str) -> tuple[Path, str]:
-    """Return the path of a configuration file and its text, with line ends and byte order mark as they are.
-
-    Raises:
-        ConfigError: there is no such file, or it is no configuration.
-    """
-    path = Path(read(Path(file)).where)
-    return path, path.read_bytes().decode("utf-8")
-
-
-def _edited(
-    text: str, old: Mapping[str, Any], new: Mapping[str, Any], renamed: Sequence[Renamed], *, is_plain_json: bool
-) -> str | None:
-    """Return ``text`` changed from ``old`` to ``new`` in place, or None where that is not possible."""
-    found = spans(text, is_plain_json=is_plain_json)
-    if found is None:
+def _edited(text: str, document: Document, new: Mapping[str, Any], renamed: Sequence[Renamed]) -> str | None:
+    """Return ``text``, that of ``document``, changed in place to say ``new``; None where that is not possible."""
+    found = scan(text, is_plain_json=document.is_plain_json, notes=True)
+    if not found.is_whole:
         return None
-    editor = _Editor(text, found, renamed, is_plain_json)
-    editor.change(found.root, old, new, (), ())
+    editor = _Editor(text, found.numbers, renamed, document.is_plain_json)
+    editor.change(found.root, document.raw, new, (), ())
     if any(start < edit.end and edit.start < end for edit in editor.edits for start, end in found.comments):
         return None
     result = text
@@ -114,32 +98,34 @@ class _Edit:
 class _Editor:
     """Collects the changes of one text."""
 
-    def __init__(self, text: str, found: Spans, renamed: Sequence[Renamed], is_plain_json: bool) -> None:
+    def __init__(
+        self, text: str, numbers: Mapping[float, str], renamed: Sequence[Renamed], is_plain_json: bool
+    ) -> None:
         self.text = text
-        self.numbers = found.numbers
+        self.numbers = numbers
         self.renamed = renamed
         self.is_plain_json = is_plain_json
         self.edits: list[_Edit] = []
 
-    def change(self, span: Span, old: Mapping[str, Any], new: Mapping[str, Any], was: Keys, path: Keys) -> None:
-        """Collect what makes the object at ``span`` say ``new``, where it is at ``path``, not ``old``, at ``was``."""
-        assert span.members is not None
+    def change(self, place: Place, old: Mapping[str, Any], new: Mapping[str, Any], was: Path, path: Path) -> None:
+        """Collect what makes the object at ``place`` say ``new``, where it is at ``path``, not ``old``, at ``was``."""
         added = [key for key in new if key not in old]
         gone: list[str] = []
-        for key, member in span.members.items():
+        for key, member in _members(place).items():
             if key in new:
-                self.value(member.value, old[key], new[key], (*was, key), (*path, key))
+                self.value(member, old[key], new[key], (*was, key), (*path, key))
                 continue
             replacement = self.replacement((*was, key), path, added)
             if replacement is None:
                 gone.append(key)
                 continue
             added.remove(replacement)
-            self.edits.append(_Edit(member.start, member.key_end, self.key(replacement, self.text[member.start])))
-            self.value(member.value, old[key], new[replacement], (*was, key), (*path, replacement))
-        self.remove(span, gone, [f"{self.key(key)}: {self.written(new[key])}" for key in added])
+            written = json.dumps(replacement) if self.text[member.offset] in "\"'" else replacement
+            self.edits.append(_Edit(member.offset, member.key_end, written))
+            self.value(member, old[key], new[replacement], (*was, key), (*path, replacement))
+        self.remove(place, gone, [f"{json.dumps(key)}: {self.written(new[key])}" for key in added])
 
-    def replacement(self, was: Keys, path: Keys, added: Sequence[str]) -> str | None:
+    def replacement(self, was: Path, path: Path, added: Sequence[str]) -> str | None:
         """Return the key of the object at ``path`` that stands for the one at ``was`` now, or holds what does."""
         depth = len(path)
         for row in self.renamed:
@@ -148,48 +134,45 @@ class _Editor:
                 return name if name in added else None
         return None
 
-    def value(self, span: Span, old: Any, new: Any, was: Keys, path: Keys) -> None:
-        if isinstance(old, dict) and isinstance(new, dict) and span.members:
-            self.change(span, old, new, was, path)
+    def value(self, place: Place, old: Any, new: Any, was: Path, path: Path) -> None:
+        if isinstance(old, dict) and isinstance(new, dict) and old:
+            self.change(place, old, new, was, path)
         elif old != new or isinstance(old, bool) != isinstance(new, bool):
-            self.edits.append(_Edit(span.start, span.end, self.written(new)))
+            self.edits.append(_Edit(place.start, place.end, self.written(new)))
 
-    def remove(self, span: Span, gone: Sequence[str], added: Sequence[str]) -> None:
+    def remove(self, place: Place, gone: Sequence[str], added: Sequence[str]) -> None:
         """Collect what takes the members ``gone`` out of an object and puts ``added`` behind the others."""
-        members = span.members or {}
+        members = _members(place)
         names = list(members)
         stay = [name for name in names if name not in gone]
         if not stay:
             if names:
-                start, end = members[names[0]].start, members[names[-1]].value.end
+                start, end = members[names[0]].offset, members[names[-1]].end
                 between = self.text[self.blank_before(start) : start]
                 self.edits.append(_Edit(start, end, f",{between}".join(added)))
             elif added:
-                self.edits.append(_Edit(span.start, span.end, "{" + ", ".join(added) + "}"))
+                self.edits.append(_Edit(place.start, place.end, "{" + ", ".join(added) + "}"))
             return
         last = members[stay[-1]]
-        for place, name in enumerate(names):
-            if name in gone and names.index(stay[-1]) > place:
+        for name, following in itertools.pairwise(names[: names.index(stay[-1]) + 1]):
+            if name in gone:
                 # Up to the next key, whose place it takes.
-                self.edits.append(_Edit(members[name].start, members[names[place + 1]].start, ""))
-        between = self.text[self.blank_before(last.start) : last.start]
+                self.edits.append(_Edit(members[name].offset, members[following].offset, ""))
+        between = self.text[self.blank_before(last.offset) : last.offset]
         before = between if not self.is_plain_json and "\n" in between else f",{between or ' '}"
-        end = members[names[-1]].value.end
-        if added or end != last.value.end:
-            self.edits.append(_Edit(last.value.end, end, "".join(before + text for text in added)))
+        end = members[names[-1]].end
+        if added or end != last.end:
+            self.edits.append(_Edit(last.end, end, "".join(before + text for text in added)))
 
     def blank_before(self, at: int) -> int:
         while at > 0 and self.text[at - 1] in " \t\r\n":
             at -= 1
         return at
 
-    def key(self, key: str, quote: str = '"') -> str:
-        return json.dumps(key) if quote == '"' else key
-
     def written(self, value: Any) -> str:
         """Return ``value`` in one line of JSON; a number that the text has is spelled as there."""
         if isinstance(value, dict):
-            return "{" + ", ".join(f"{self.key(key)}: {self.written(item)}" for key, item in value.items()) + "}"
+            return "{" + ", ".join(f"{json.dumps(key)}: {self.written(item)}" for key, item in value.items()) + "}"
         if isinstance(value, list):
             return "[" + ", ".join(map(self.written, value)) + "]"
         if isinstance(value, float) and value in self.numbers:
@@ -197,7 +180,12 @@ class _Editor:
         return json.dumps(value, ensure_ascii=False)
 
 
-def replace_file(path: Path, text: str, *, backup: bool = False) -> Path | None:
+def _members(place: Place) -> dict[str, Place]:
+    """Return the keys of the object at ``place``, in their order."""
+    return {key: inner for key, inner in place.inside.items() if isinstance(key, str)}
+
+
+def replace_file(path: pathlib.Path, text: str, *, backup: bool = False) -> pathlib.Path | None:
     """Write ``text`` to ``path``, whole or not at all; permissions of a file that is there stay, as does a link.
 
     Args:
