@@ -110,8 +110,9 @@ def all_keys() -> Mapping[str, Key]:
         *(key for key in walk(Config) if len(key.keys) == 1),
         *(key for name, section in all_sections().items() for key in walk(section, (name,))),
         *(
-            Key((seam, "params", field), model, field, of=type_name)
-            for (seam, type_name), model in ARGUMENTS.items()
+            Key((seam, "params", field), model, field, of=type_name.lower())
+            for seam, models in ARGUMENTS.items()
+            for type_name, model in models.items()
             for field in model.model_fields
         ),
         *walk(ReplicatedConfig, ("partition", "replicated")),
@@ -268,9 +269,8 @@ WITH: dict[str, dict[str, Any]] = {
     **{f"fp16.{name}": {"fp16": TRACE} for name in ("hysteresis", "consecutive_hysteresis", "min_loss_scale")},
     "scheduler.params": {"scheduler": {"type": "WarmupLR"}},
     **{
-        f"optimizer.params({name})": {"optimizer": {"type": name, "params": None}}
-        for seam, name in ARGUMENTS
-        if seam == "optimizer"
+        f"optimizer.params({name.lower()})": {"optimizer": {"type": name, "params": None}}
+        for name in ARGUMENTS["optimizer"]
     },
     "scheduler.params(warmuplr)": {"scheduler": {"type": "WarmupLR", "params": SCHEDULE}},
     "scheduler.params(warmupdecaylr)": {

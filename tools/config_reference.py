@@ -19,7 +19,7 @@ from ds_core.config.config import BatchKeys, Config
 from ds_core.config.effects import key_state, section_state
 from ds_core.config.migrate import DEPRECATED
 from ds_core.config.paths import sections_of
-from ds_core.config.schema import TYPES, default_of, names_of, plain
+from ds_core.config.schema import default_of, names_of, plain
 from ds_core.config.section import Section, show
 from ds_core.config.sections.arguments import ARGUMENTS
 from ds_core.config.value_schema import options
@@ -44,8 +44,9 @@ gives, `ds config schema` is the same for editors.
 - **Key**: as it is written; other names that mean the same are beneath it.
 - **Default**: what holds without the key. `"auto"` means the default too; for batch sizes, and arguments of optimizers
   and schedules, it must have been replaced by a value when training begins.
-- Numbers may be in quotes (`"8"`) and whole ones may be written as `5e8`, switches also as `"true"` or `1`; not so in
-  `optimizer.params` and `scheduler.params`, which go to a constructor as they are.
+- Null means that the key is not given, so its default holds; where null is listed under Type, it is a value of its own.
+- Numbers may be in quotes (`"8"`) and whole ones may be written as `5e8`, switches also as `"true"` or `1`.
+- None of this holds in `optimizer.params` and `scheduler.params`, which go to a constructor as they are.
 - **State**: *effective*; *needs* a package, without which it is refused; *not built*, refused as soon as it asks for
   something; *no effect*, accepted and listed by `engine.report()`.
 - **Source**: the part of the project's specification that the facts are from.
@@ -191,14 +192,15 @@ def _nested(model: type[Section], path: str, state: str) -> str:
 def _arguments(name: str) -> str:
     """Return the ``params`` of every type of section ``name`` that is known, types with the same ones together."""
     text = ""
-    for model in dict.fromkeys(ARGUMENTS[name, word.lower()] for word in TYPES.get(name, ())):
-        words = [word for word in TYPES[name] if ARGUMENTS[name, word.lower()] is model]
+    types = ARGUMENTS.get(name, {})
+    for model in dict.fromkeys(types.values()):
+        words = [word for word, arguments in types.items() if arguments is model]
         state = _type_state(name, words[0])
-        types = ", ".join(f"`{word}`" for word in words)
+        listed = ", ".join(f"`{word}`" for word in words)
         rows = "".join(_row(model, field, state) for field in model.model_fields)
         source = f" Source: {model.source}." if model.source else ""
         meaning = f"{plain(inspect.getdoc(model) or '')}\n\nState: {state}.{source}"
-        text += f"\n## `{name}.params` of {types}\n\n{meaning}\n\n{TABLE}{rows}"
+        text += f"\n## `{name}.params` of {listed}\n\n{meaning}\n\n{TABLE}{rows}"
     return text
 
 

@@ -28,8 +28,9 @@ def current() -> dict[str, Any]:
     for name, section in all_sections().items():
         if name not in sections_of(Config):
             found |= _keys(section, f"{name}.")
-    for (section_name, type_name), section in ARGUMENTS.items():
-        found |= _keys(section, f"{section_name}.params({type_name}).")
+    for section_name, models in ARGUMENTS.items():
+        for type_name, section in models.items():
+            found |= _keys(section, f"{section_name}.params({type_name.lower()}).")
     plain: dict[str, Any] = json.loads(json.dumps(found))  # tuples are lists
     return plain
 

@@ -9,6 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from ds_core.config.section import AUTO, Section
+from ds_core.config.showing import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +34,7 @@ def dotted(path: Path) -> str:
             text += f"[{part}]"
         else:
             is_plain = part and part.isprintable() and not any(letter in '."[] ' for letter in part)
-            text += ("." if text else "") + (part if is_plain else json.dumps(part, ensure_ascii=False))
+            text += ("." if text else "") + (part if is_plain else printable(json.dumps(part, ensure_ascii=False)))
     return text
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ds_core.config.parsing import MAX_BYTES, MAX_DEPTH, parse, too_deep, too_large
 from ds_core.config.positions import Lines, scan
 from ds_core.config.problems import Problem
-from ds_core.config.section import show
+from ds_core.config.showing import printable, show
 from ds_core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -331,5 +331,4 @@ def _as_text(data: bytes, where: str) -> str:
 
 def _printable(text: str, limit: int = 200) -> str:
     """Return the beginning of ``text``, with escapes for what a terminal cannot show."""
-    text = text[:limit]
-    return text if text.isprintable() else repr(text)[1:-1]
+    return printable(text[:limit])

@@ -17,6 +17,7 @@ from ds_core.config.config import BatchKeys, Config
 from ds_core.config.migrate import DEPRECATED
 from ds_core.config.paths import sections_of
 from ds_core.config.section import AUTO, NoEffect, NotBuilt, Section, show
+from ds_core.config.sections.argument_types import Arguments
 from ds_core.config.sections.arguments import ARGUMENTS
 from ds_core.config.sections.moved import Moved
 from ds_core.config.value_schema import Accepts, Schema, any_case, merged, options, widened
@@ -32,14 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["default_of", "json_schema", "key_remarks", "names_of", "plain", "section_remarks"]
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-TYPES = {
-    "optimizer": (
-        *("AdamW", "Adam", "Adagrad", "Lamb", "Lion", "Muon"),
-        *("OneBitAdam", "OneBitLamb", "ZeroOneAdam", "MuAdam", "MuAdamW", "MuSGD"),
-    ),
-    "scheduler": ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"),
-}
-"""Spelling of the types that have an entry in ``ARGUMENTS``, for completion."""
 
 
 def json_schema(section: str | None = None) -> Schema:
@@ -188,7 +181,7 @@ class _Writer:
         found: Schema = {"properties": properties, "additionalProperties": _further_keys(model)}
         if required:
             found["required"] = required
-        for name in (name for name in TYPES if model is _declared(name)):
+        for name in (name for name in ARGUMENTS if model is _declared(name)):
             self._add_types(name, found)
         for section, declared in catalog.all_sections().items():
             if declared is model:
@@ -232,13 +225,13 @@ class _Writer:
 
     def _add_types(self, name: str, schema: Schema) -> None:
         """Let ``params`` depend on ``type``, where its arguments are known."""
-        schema["properties"]["type"]["examples"] = list(TYPES[name])
+        schema["properties"]["type"]["examples"] = list(ARGUMENTS[name])
         schema["allOf"] = [
             {
                 "if": {"properties": {"type": {"pattern": f"^{any_case(word)}$"}}, "required": ["type"]},
-                "then": {"properties": {"params": {"$ref": self._ref(ARGUMENTS[name, word.lower()])}}},
+                "then": {"properties": {"params": {"$ref": self._ref(arguments)}}},
             }
-            for word in TYPES[name]
+            for word, arguments in ARGUMENTS[name].items()
         ]
 
     def _add_deprecated(self, properties: Schema, section: tuple[str, ...]) -> None:
@@ -263,7 +256,7 @@ def _accepts(model: type[Section], key: str) -> Accepts:
     """Return whether the loader takes a value of ``key``, as far as its form goes: built or not does not count."""
 
     def accepts(value: Any) -> bool:
-        if model in ARGUMENTS.values() and value == AUTO:
+        if issubclass(model, Arguments) and isinstance(value, str) and value == AUTO:
             return True  # left to whoever needs the value, required or not
         try:
             model.model_validate({key: value})

@@ -37,26 +37,32 @@ if TYPE_CHECKING:
 
 __all__ = ["ARGUMENTS", "argument_problems", "arguments_of"]
 
-ARGUMENTS: dict[tuple[str, str], type[Section]] = {
-    ("optimizer", "adam"): AdamArguments,
-    ("optimizer", "adamw"): AdamArguments,
-    ("optimizer", "adagrad"): AdagradArguments,
-    ("optimizer", "lamb"): LambArguments,
-    ("optimizer", "lion"): LionArguments,
-    ("optimizer", "muon"): MuonArguments,
-    ("optimizer", "onebitadam"): OnebitAdamArguments,
-    ("optimizer", "onebitlamb"): OnebitLambArguments,
-    ("optimizer", "zerooneadam"): ZeroOneAdamArguments,
-    ("optimizer", "muadam"): MuAdamArguments,
-    ("optimizer", "muadamw"): MuAdamWArguments,
-    ("optimizer", "musgd"): MuSgdArguments,
-    ("scheduler", "warmuplr"): WarmupLRArguments,
-    ("scheduler", "warmupdecaylr"): WarmupDecayLRArguments,
-    ("scheduler", "warmupcosinelr"): WarmupCosineLRArguments,
-    ("scheduler", "onecycle"): OneCycleArguments,
-    ("scheduler", "lrrangetest"): LRRangeTestArguments,
+ARGUMENTS: dict[str, dict[str, type[Section]]] = {
+    "optimizer": {
+        "AdamW": AdamArguments,
+        "Adam": AdamArguments,
+        "Adagrad": AdagradArguments,
+        "Lamb": LambArguments,
+        "Lion": LionArguments,
+        "Muon": MuonArguments,
+        "OneBitAdam": OnebitAdamArguments,
+        "OneBitLamb": OnebitLambArguments,
+        "ZeroOneAdam": ZeroOneAdamArguments,
+        "MuAdam": MuAdamArguments,
+        "MuAdamW": MuAdamWArguments,
+        "MuSGD": MuSgdArguments,
+    },
+    "scheduler": {
+        "WarmupLR": WarmupLRArguments,
+        "WarmupDecayLR": WarmupDecayLRArguments,
+        "WarmupCosineLR": WarmupCosineLRArguments,
+        "OneCycle": OneCycleArguments,
+        "LRRangeTest": LRRangeTestArguments,
+    },
 }
-"""Section and type in lower case -> its arguments. All other types are torch's or a plugin's: their builder checks."""
+"""Section -> type, as people write it -> its arguments. All other types are torch's or a plugin's: their builder
+checks."""
+_ANY_CASE = {section: {name.lower(): model for name, model in models.items()} for section, models in ARGUMENTS.items()}
 
 
 def arguments_of(section_name: str, type_name: str) -> type[Section] | None:
@@ -69,7 +75,7 @@ def arguments_of(section_name: str, type_name: str) -> type[Section] | None:
     >>> arguments_of("optimizer", "AdamW") is arguments_of("optimizer", "Adam")
     True
     """
-    return ARGUMENTS.get((section_name, type_name.lower()))
+    return _ANY_CASE[section_name].get(type_name.lower())
 
 
 IGNORES_UNKNOWN = {("optimizer", "muon")}
