@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 
 from ds_core import registry
-from ds_core.config import catalog
+from ds_core.cli.explanation import as_json, lines
+from ds_core.config import Config, catalog
 from ds_core.config.explain import Explanation, explain
 from ds_core.config.loading import Examined, examine, find_problems
 from ds_core.config.origins import Setting
+from ds_core.config.paths import nested
+from ds_core.config.section import Secret
+from ds_core.config.showing import is_secret
 
 CLIENTS = sorted(Path(__file__).with_name("clients").glob("*.json"))
 MINE = {
@@ -142,7 +146,8 @@ def is_alias(key: str, setting: Setting) -> bool:
 def test_values_are_those_of_the_configuration(file: Path, world: int | None) -> None:
     examined = examine(file, dp_world_size=world, compatible=True)
     explanation = explain(examined, all_keys=world is None)
-    as_written = {group.name for group in explanation.groups if "as written" in group.state}
+    # What has a problem is left out of the configuration.
+    as_written = {group.name for group in explanation.groups if "problem" in group.state}
     has_sizes = world is not None and not any(problem.path in BATCH for problem in examined.problems)
     for setting in explanation.settings:
         if setting.kind == "open" or setting.keys[0] in as_written or (setting.path in BATCH and not has_sizes):
@@ -278,6 +283,48 @@ def test_a_broken_section_is_shown_as_written_and_the_others_in_full() -> None:
     clipping = Setting(("gradient_clipping",), "strong", "open", "caller, has a problem", is_given=True)
     assert found["gradient_clipping"] == clipping
     assert len(explanation.problems) == len(examine(MINE["broken"]).problems) > 5
+
+
+def test_a_section_that_is_refused_is_shown_as_it_was_written() -> None:
+    explanation = explain(examine({"wandb": {"enabled": True, "project": "mine"}}))
+    (group,) = (group for group in explanation.groups if group.name == "wandb")
+    assert (group.state, {setting.path: setting.value for setting in group.settings}) == (
+        "has a problem",
+        {"wandb.enabled": True, "wandb.project": "mine"},
+    )
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"comet": {"api_key": "k33p"}},
+        {"comet": {"enabled": True, "api_key": "k33p", "project": 3}},
+        {"comet": {"api_keyy": "k33p"}},
+        {"checkpoint": {"cloud": {"access_token": "k33p", "more": [{"password": "k33p"}]}}},
+        {"optimizer": {"type": "Mine", "params": {"api_key": "k33p"}}},
+    ],
+)
+def test_secrets_are_not_shown(raw: dict[str, Any]) -> None:
+    explanation = explain(examine(raw), all_keys=True)
+    printed = "\n".join(line for line, _ in lines(explanation, 80))
+    assert "k33p" not in printed + json.dumps(as_json(explanation))
+    assert '"..."' in printed
+    assert any(setting.value == "..." for setting in explanation.settings)
+
+
+def test_what_a_terminal_would_obey_is_not_printed() -> None:
+    explanation = explain(examine({"checkpoint": {"cloud": {"a\x1b[2Jb": "c\x9b\x7fd"}}}))
+    printed = "".join(line for line, _ in lines(explanation, 80))
+    assert printed.isprintable()
+    assert "\\u001b[2Jb" in printed
+
+
+def test_no_declared_key_sounds_like_a_secret_without_being_one() -> None:
+    nested_sections = [found for name, model in catalog.all_sections().items() for _, found in nested(model, name)]
+    for model in (Config, *nested_sections):
+        for key, field in model.fields_by_key().items():
+            is_marked = any(isinstance(marker, Secret) for marker in model.model_fields[field].metadata)
+            assert is_secret(key) <= is_marked, (model, key)
 
 
 def test_sections_that_are_off_are_named_and_not_listed() -> None:

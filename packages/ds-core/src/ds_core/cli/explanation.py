@@ -11,6 +11,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from ds_core.config.paths import dotted
+from ds_core.config.showing import printable, without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,12 +28,12 @@ GAP = "  "
 
 
 def written(value: Any) -> str:
-    """Return ``value`` as JSON, whole; what JSON does not have as Python writes it.
+    """Return ``value`` as JSON, whole but without secrets; what JSON does not have as Python writes it.
 
     >>> written((1, None))
     '[1, null]'
     """
-    return json.dumps(value, ensure_ascii=False, default=repr)
+    return json.dumps(without_secrets(value), ensure_ascii=False, default=repr)
 
 
 def heading(group: Group) -> str:
@@ -72,7 +73,11 @@ def lines(explanation: Explanation, width: int) -> Iterator[tuple[str, bool]]:
 
 def _table(group: Group, width: int) -> Iterator[str]:
     rows = [
-        (_key(setting, group), "" if _is_blank(setting) else written(setting.value), setting.origin)
+        (
+            _key(setting, group),
+            "" if _is_blank(setting) else printable(written(setting.value)),
+            setting.origin,
+        )
         for setting in group.settings
     ]
     key_width = min(max(len(key) for key, _, _ in rows), WIDEST_KEY, width - 38)

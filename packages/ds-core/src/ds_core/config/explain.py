@@ -15,7 +15,8 @@ from ds_core.config.migrate import migrate
 from ds_core.config.notes import Note, notes_of
 from ds_core.config.origins import Origins, Setting, given_default
 from ds_core.config.paths import fields_along, is_open, sections_of
-from ds_core.config.section import AUTO, NoEffect, NotBuilt, Section
+from ds_core.config.section import AUTO, NoEffect, NotBuilt, Secret, Section
+from ds_core.config.showing import HIDDEN, is_secret
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -117,8 +118,8 @@ def _group(examined: Examined, name: str, raw: Any, origins: Origins, all_keys: 
     model = sections_of(Config)[name] if section is None else type(section)
     wrong: set[Path] = {problem.keys or tuple(problem.path.split(".")) for problem in examined.problems}
     if _is_broken(examined.problems, name, model, raw):
-        settings = list(origins.as_written(raw, (name,)))
-        yield Group(name, tuple(_marked(setting, wrong, origins) for setting in settings), AS_WRITTEN)
+        as_written = [_marked(setting, wrong, origins) for setting in origins.as_written(raw, (name,))]
+        yield _group_of(name, as_written, model, config, all_keys, AS_WRITTEN)
         return
     if section is None:  # an optional one that was not given
         return
@@ -139,19 +140,23 @@ def _group_of(
     shown: list[Setting] = []
     left_out: list[Setting] = []
     for setting in settings:
+        markers = [marker for info in _fields(setting.keys, model, config) for marker in info.metadata]
         is_default = setting.kind in ("default", "derived") and not setting.is_given
-        is_left_out = is_default and not all_keys and _changes_nothing(setting.keys, model, config)
-        (left_out if is_left_out else shown).append(setting)
+        is_left_out = is_default and not all_keys and any(_changes_nothing(marker, config) for marker in markers)
+        (left_out if is_left_out else shown).append(_without_secret(setting, markers))
     return Group(name, tuple(shown), state, tuple(left_out))
 
 
-def _changes_nothing(keys: Path, model: type[Section], config: Config) -> bool:
-    """Return whether the key at ``keys`` has no effect in ``config``, or takes one value only."""
-    return any(
-        isinstance(marker, NotBuilt) or (isinstance(marker, NoEffect) and marker.holds(config))
-        for info in _fields(keys, model, config)
-        for marker in info.metadata
-    )
+def _changes_nothing(marker: Any, config: Config) -> bool:
+    """Return whether a key with ``marker`` has no effect in ``config``, or takes one value only."""
+    return isinstance(marker, NotBuilt) or (isinstance(marker, NoEffect) and marker.holds(config))
+
+
+def _without_secret(setting: Setting, markers: Iterable[Any]) -> Setting:
+    # Nobody declares what is misspelt, or for a plugin: there the name of the key decides.
+    is_hidden = any(isinstance(marker, Secret) for marker in markers) or any(map(is_secret, setting.keys))
+    has_value = not (setting.value is None or isinstance(setting.value, bool))
+    return replace(setting, value=HIDDEN) if is_hidden and has_value else setting
 
 
 def _fields(keys: Path, model: type[Section], config: Config) -> Iterator[FieldInfo]:
