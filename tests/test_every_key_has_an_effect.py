@@ -420,15 +420,24 @@ def weights(config: dict[str, Any]) -> Any:
 
 def lines(config: dict[str, Any]) -> Any:
     """Return what is logged of four steps."""
+    return [line for line in logged(lambda: list(steps(start(config), 4))) if line.startswith("step=")]
+
+
+def vocabulary(config: dict[str, Any]) -> Any:
+    """Return what is logged of the vocabulary at the start."""
+    return [line for line in logged(lambda: start(config)) if line.startswith("vocabulary_size")]
+
+
+def logged(run: Callable[[], Any]) -> list[str]:
     logger, found = logging.getLogger("ds_core"), []
     handler = logging.Handler()
     handler.emit = lambda entry: found.append(entry.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)
     try:
-        list(steps(start(config), 4))
+        run()
     finally:
         logger.removeHandler(handler)
-    return [line for line in found if line.startswith("step=")]
+    return found
 
 
 def log_level(config: dict[str, Any]) -> Any:
@@ -515,6 +524,7 @@ EFFECTIVE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "gradient_clipping": weights,
     "steps_per_print": lines,
     "log_level": log_level,
+    "vocabulary_size": vocabulary,
     **dict.fromkeys(("fp16.enabled", "bf16.enabled", "precision.type", "data_types.buffer_dtype"), dtypes),
     "data_types.grad_accum_dtype": gradient,
     **dict.fromkeys(("fp16.auto_cast", "bf16.auto_cast", "torch_autocast.enabled", "torch_autocast.dtype"), output),

@@ -46,7 +46,7 @@ gives, `ds config schema` is the same for editors.
   and schedules, it must have been replaced by a value when training begins.
 - Null means that the key is not given, so its default holds; where null is listed under Type, it is a value of its own.
 - Numbers may be in quotes (`"8"`) and whole ones may be written as `5e8`, switches also as `"true"` or `1`.
-- None of this holds in `optimizer.params` and `scheduler.params`, which go to a constructor as they are.
+- Neither holds in `optimizer.params` and `scheduler.params`, which go to a constructor as they are.
 - **State**: *effective*; *needs* a package, without which it is refused; *not built*, refused as soon as it asks for
   something; *no effect*, accepted and listed by `engine.report()`.
 - **Source**: the part of the project's specification that the facts are from.

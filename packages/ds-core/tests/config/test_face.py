@@ -123,6 +123,15 @@ def test_print_logs_every_attribute_and_the_json(caplog: pytest.LogCaptureFixtur
     assert json.loads(raw) == {**GIVEN, "scheduler": {"type": "LambdaLR", "params": {"lr_lambda": str(group)}}}
 
 
+def test_print_shows_no_secrets(caplog: pytest.LogCaptureFixture) -> None:
+    config = DeepSpeedConfig({**GIVEN, "comet": {"api_key": "1f2e3d", "project": "mine"}})
+    with caplog.at_level(logging.INFO, "ds_core"):
+        config.print("my config")
+    assert "1f2e3d" not in caplog.text
+    assert "mine" in caplog.text
+    assert config.config.raw["comet"]["api_key"] == "1f2e3d"
+
+
 def test_ranks_of_torch_distributed(ranks: Any) -> None:
     ranks(2, rank=1)
     config = DeepSpeedConfig(GIVEN)

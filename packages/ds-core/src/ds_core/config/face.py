@@ -15,6 +15,7 @@ from ds_core.config.loading import load_config
 from ds_core.config.problems import raise_problems, validate
 from ds_core.config.reading import copied, read
 from ds_core.config.section import PositiveInt, Section
+from ds_core.config.showing import without_secrets
 from ds_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -89,8 +90,9 @@ class DeepSpeedConfig:
         """Log every attribute and the JSON, at INFO, under the heading ``name``."""
         log.configure(None)  # who asks to see it should, also before ``initialize``
         lines = [f"{name}:", *(f"  {attribute:<40} {getattr(self, attribute)!r}" for attribute in self._attributes())]
+        shown = without_secrets(self.config.raw)
         # Objects that a dict may hold, such as groups, have no JSON: they print as they are.
-        log.logger.info("%s\n  json = %s", "\n".join(lines), json.dumps(self.config.raw, indent=4, default=str))
+        log.logger.info("%s\n  json = %s", "\n".join(lines), json.dumps(shown, indent=4, default=str))
 
     @property
     def zero_optimization_stage(self) -> int:
@@ -106,7 +108,7 @@ class DeepSpeedConfig:
 
     @property
     def optimizer_params(self) -> dict[str, Any] | None:
-        return self.config.optimizer.params if self.config.optimizer else None
+        return dict(self.config.optimizer.params) if self.config.optimizer else None
 
     @property
     def optimizer_legacy_fusion(self) -> bool:
@@ -118,7 +120,7 @@ class DeepSpeedConfig:
 
     @property
     def scheduler_params(self) -> dict[str, Any] | None:
-        return self.config.scheduler.params if self.config.scheduler else None
+        return dict(self.config.scheduler.params) if self.config.scheduler else None
 
     @property
     def monitor_config(self) -> MonitorConfig:

@@ -165,6 +165,7 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
         )
     )
     _warn_of_dtypes(partition)
+    _warn_of_vocabulary(config)
     optimizer = schedule = None
     if trains:
         optimizer = _optimizer(arguments, partition)
@@ -243,6 +244,16 @@ def _warn_of_dtypes(partition: Partition) -> None:
             f"the batch statistics of {len(mixed)} modules, such as {mixed[0]!r}, have another dtype than their "
             'weights, which torch refuses on a CPU: set "buffer_dtype" in "data_types" to the dtype of the weights, '
             'or train under "torch_autocast"',
+            level=logging.WARNING,
+        )
+
+
+def _warn_of_vocabulary(config: Config) -> None:
+    size = config.vocabulary_size
+    if size is not None and size % 8:
+        log_dist(
+            f"vocabulary_size: {size} is not a multiple of 8, so tensor cores are not used in full: "
+            f"pad the vocabulary to {-(-size // 8) * 8}",
             level=logging.WARNING,
         )
 
