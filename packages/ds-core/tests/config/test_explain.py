@@ -285,6 +285,17 @@ def test_a_broken_section_is_shown_as_written_and_the_others_in_full() -> None:
     assert len(explanation.problems) == len(examine(MINE["broken"]).problems) > 5
 
 
+def test_what_is_misspelt_is_not_shown_under_another_name() -> None:
+    raw = {"zero_optimisation": {"stage": 2}, "train_batchsize": 8, "gradient_cliping": 3.5, "stage": 1}
+    examined = examine(raw, dp_world_size=2)
+    assert examined.problems[0].meant == ("zero_optimization",)
+    explanation = explain(examined)
+    assert {"zero_optimization", "fp16"} <= {*explanation.off}
+    found = {setting.path: setting for setting in explanation.settings}
+    assert found["gradient_clipping"] == Setting(("gradient_clipping",), 1.0, "default", "default")
+    assert [found[key].value for key in BATCH] == [None, None, None]
+
+
 def test_a_section_that_is_refused_is_shown_as_it_was_written() -> None:
     explanation = explain(examine({"wandb": {"enabled": True, "project": "mine"}}))
     (group,) = (group for group in explanation.groups if group.name == "wandb")

@@ -23,8 +23,8 @@ from ds_core.errors import ConfigError
 
 MEGABYTE = 2**20
 
-LONGEST = 2**18
-"""Characters of an error: 100 problems, each with a key of at most 1,000 characters and what to do about it."""
+LONGEST = 2**19
+"""Characters of an error: 100 problems, each with a key of at most 1,000 characters, which its fix may write nested."""
 
 # In a process of its own: what this one has allocated before does not count there. The limit is on what is added.
 EXAMINE = """

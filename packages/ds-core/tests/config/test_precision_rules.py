@@ -108,7 +108,12 @@ def test_accepted(config: dict[str, Any]) -> None:
     assert config == given
 
 
-def test_a_rule_waits_for_sections_that_are_right_by_themselves() -> None:
-    # Held against the default of a section that is itself wrong, a rule would speak of what nobody wrote.
-    config = {"fp16": {"enabled": True, "loss_scale": -1}, **weights("fp32"), **autocast()}
-    assert [problem.path for problem in find_problems(config)] == ["fp16.loss_scale"]
+def test_a_rule_waits_for_what_it_reads() -> None:
+    # Held against the default of a key that is itself wrong, a rule would speak of what nobody wrote.
+    config = {"fp16": {"enabled": "often"}, **weights("fp32"), **autocast()}
+    assert [problem.path for problem in find_problems(config)] == ["fp16.enabled"]
+
+
+def test_a_rule_does_not_wait_for_what_it_does_not_read() -> None:
+    config = {"fp16": {"enabled": True, "loss_scale": -1, "zork": 1}, "bf16": {"enabled": True}}
+    assert [problem.path for problem in find_problems(config)] == ["fp16.enabled", "fp16.loss_scale", "fp16.zork"]

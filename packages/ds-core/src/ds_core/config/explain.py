@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from ds_core.config import catalog
 from ds_core.config.config import BatchKeys, Config
 from ds_core.config.effects import SWITCHES
-from ds_core.config.migrate import migrate
 from ds_core.config.notes import Note, notes_of
 from ds_core.config.origins import Origins, Setting, given_default
 from ds_core.config.paths import fields_along, is_open, sections_of
@@ -88,12 +87,13 @@ def explain(examined: Examined, *, all_keys: bool = False) -> Explanation:
     >>> [setting.origin for setting in explanation.settings][:3]
     ['caller', 'derived: 8 / (2 x 2 ranks)', 'caller']
     """
+    examined = _without_guesses(examined)
     config, origins = examined.config, Origins(examined)
-    raw = origins.kept(migrate(examined.document.raw)[0], ())
+    raw = origins.kept(examined.migrated, ())
     groups = [_group_of("", _top_level(examined, raw, origins), Config, config, all_keys)]
     off = []
     for name in _section_names(config):
-        if raw.get(name) in (None, AUTO) and not all_keys and not _is_on(config, name):
+        if raw.get(name) in (None, AUTO) and not all_keys and not config.enables(name):
             off.append(name)
         else:
             groups += _group(examined, name, raw.get(name), origins, all_keys)
@@ -101,26 +101,34 @@ def explain(examined: Examined, *, all_keys: bool = False) -> Explanation:
     return Explanation(examined.document.where, tuple(groups), tuple(off), tuple(notes), examined.problems)
 
 
+def _without_guesses(examined: Examined) -> Examined:
+    """Return ``examined`` with a configuration that has nothing under another name than it was written."""
+    if all(problem.meant is None for problem in examined.problems):
+        return examined
+    from ds_core.config.loading import examine
+
+    # Compatibility mode leaves out what is misspelt; what else it leaves out has a problem, and is shown as written.
+    plain = examine(examined.migrated, dp_world_size=examined.dp_world_size, compatible=True)
+    return replace(examined, config=plain.config)
+
+
 def _section_names(config: Config) -> list[str]:
     declared = list(sections_of(Config))
     return [*declared, *sorted({*catalog.RARE, *config.sections} - {*declared})]
-
-
-def _is_on(config: Config, name: str) -> bool:
-    section = config.sections.get(name)
-    # A precision is also on where precision.type names it.
-    return section is not None and (section.is_on() or config.precision.type == name)
 
 
 def _group(examined: Examined, name: str, raw: Any, origins: Origins, all_keys: bool) -> Iterator[Group]:
     config = examined.config
     section = config.section(name)
     model = sections_of(Config)[name] if section is None else type(section)
-    wrong: set[Path] = {problem.keys or tuple(problem.path.split(".")) for problem in examined.problems}
-    if _is_broken(examined.problems, name, model, raw):
-        as_written = [_marked(setting, wrong, origins) for setting in origins.as_written(raw, (name,))]
-        yield _group_of(name, as_written, model, config, all_keys, AS_WRITTEN)
-        return
+    wrong = {problem.keys for problem in examined.problems}
+    if raw not in (None, AUTO) and any(keys[:1] == (name,) for keys in wrong):
+        # What has a problem may be left out of the configuration.
+        section = _valid(model, raw)
+        if section is None:
+            as_written = [_marked(setting, wrong, origins) for setting in origins.as_written(raw, (name,))]
+            yield _group_of(name, as_written, model, config, all_keys, AS_WRITTEN)
+            return
     if section is None:  # an optional one that was not given
         return
     settings = list(origins.section(section, raw, (name,), (name,)))
@@ -170,15 +178,12 @@ def _fields(keys: Path, model: type[Section], config: Config) -> Iterator[FieldI
     return fields_along(model, keys if model is Config else keys[1:])
 
 
-def _is_broken(problems: tuple[Problem, ...], name: str, model: type[Section], raw: Any) -> bool:
-    """Return whether section ``name`` is not what was written, because that is not valid by itself."""
-    if raw in (None, AUTO) or not any(_top(problem) == name for problem in problems):
-        return False
+def _valid(model: type[Section], raw: Any) -> Section | None:
+    """Return ``raw`` as a ``model``, None where it is not valid by itself."""
     try:
-        model.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError:  # its problems are told already, and wording them takes time
-        return True
-    return False
+        return None
 
 
 def _marked(setting: Setting, wrong: set[Path], origins: Origins) -> Setting:
@@ -189,13 +194,9 @@ def _marked(setting: Setting, wrong: set[Path], origins: Origins) -> Setting:
     return replace(setting, kind="open", origin=f"{setting.origin}, has a problem")
 
 
-def _top(problem: Problem) -> str:
-    return str(problem.keys[0]) if problem.keys else problem.path.partition(".")[0]
-
-
 def _why_off(config: Config, name: str, section: Section) -> str:
     switch = next((name for name in SWITCHES if name in type(section).model_fields), None)
-    if _is_on(config, name) or not (switch or section.comes_with):
+    if config.enables(name) or not (switch or section.comes_with):
         return ""
     # The path of a stage would repeat what the heading begins with.
     return f"stage is {getattr(section, switch)}" if switch == "stage" else section.why_off() or "off"
@@ -237,14 +238,14 @@ def _argument(keys: tuple[str, str, str], value: Any, origins: Origins) -> Setti
 def _top_level(examined: Examined, raw: Mapping[str, Any], origins: Origins) -> Iterator[Setting]:
     """Yield the settings of the keys that are no section, the batch sizes first."""
     yield from _batch(examined, raw, origins)
-    wrong = {_top(problem) for problem in examined.problems}
+    wrong = {problem.keys[:1] for problem in examined.problems}
     for key, info in Config.model_fields.items():
         if key in BATCH or key in sections_of(Config):
             continue
         value = getattr(examined.config, key)
         if key not in raw:
             yield Setting((key,), value, "default", "default")
-        elif key in wrong:
+        elif (key,) in wrong:
             yield origins.open((key,), raw[key], "has a problem")
         elif raw[key] == AUTO or (raw[key] is None and info.get_default() is not None):
             yield given_default((key,), value, raw[key])
@@ -257,13 +258,15 @@ def _batch(examined: Examined, raw: Mapping[str, Any], origins: Origins) -> Iter
     given = {key: raw[key] for key in BATCH if raw.get(key) is not None}
     elasticity = config.sections.get("elasticity")
     is_elastic = elasticity is not None and elasticity.is_on()
-    wrong = {_top(problem) for problem in examined.problems} & {*BATCH, *(["elasticity"] if is_elastic else [])}
+    tops = {str(problem.keys[0]) for problem in examined.problems if problem.keys}
+    wrong = tops & {*BATCH, *(["elasticity"] if is_elastic else [])}
     lacks = "see the problems" if wrong - {key for key in given if given[key] == AUTO} else ""
     if not lacks and AUTO in given.values():
         lacks = 'waits for "auto"'
     elif not lacks and not is_elastic and not {TRAIN, MICRO} & given.keys():
         lacks = "needs a number"
-    elif not lacks and world is None:
+    is_complete = not lacks
+    if is_complete and world is None:
         lacks = "needs --world"
     for key in BATCH:
         if given.get(key) == AUTO:
@@ -273,7 +276,7 @@ def _batch(examined: Examined, raw: Mapping[str, Any], origins: Origins) -> Iter
         elif key in given and not is_elastic:
             # Without a world the configuration only has fillers.
             yield origins.written((key,), getattr(BatchKeys.model_validate({key: given[key]}), key))
-        elif key == ACCUMULATION and len(given) == 1 and lacks in ("", "needs --world") and not is_elastic:
+        elif key == ACCUMULATION and len(given) == 1 and is_complete and not is_elastic:
             yield Setting((key,), 1, "default", "default")
         elif lacks:
             yield Setting((key,), None, "open", lacks)

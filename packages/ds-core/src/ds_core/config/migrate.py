@@ -137,11 +137,11 @@ def _apply(row: Deprecated, holder: dict[str, Any]) -> tuple[list[Renamed], list
     value = holder.pop(row.old)
     old = (*row.section, row.old)
     if row.is_switch and not isinstance(value, bool) and value != AUTO:
-        problem = Problem.at(old, f"got {show(value)}, must be true or false", f"write {row.instead} instead")
+        problem = Problem(old, f"got {show(value)}, must be true or false", f"write {row.instead} instead")
         return [], [problem]
     if row.new is not None and holder.get(row.new) is not None and value != AUTO:
         text = f"its replacement, {row.instead}, is given too"
-        return [], [Problem.at(old, text, "remove the old key", ignorable=row.yields)]
+        return [], [Problem(old, text, "remove the old key", ignorable=row.yields)]
     if value == AUTO or row.new is None or (row.is_switch and value is False):
         return [Renamed(old, None, row.instead if row.new is None and value is True else None)], []
     holder[row.new] = row.value(value)

@@ -28,6 +28,7 @@ MAX_DIGITS = 400
 """Characters of a number. A double needs fewer, and Python refuses whole numbers of some thousands."""
 MAX_EFFORT = 4 * 10**8
 """Steps that hjson may take beyond those in proportion to the text, see :func:`_effort`: about a second."""
+TRAILING_COMMA = re.compile(r"[ \t\n\r]*[}\]]")
 MAX_SHOWN = 76
 """Characters of a line of the text that an error shows."""
 
@@ -198,8 +199,9 @@ def _refusal(
             return ConfigError(f"{error.why}{spot}", where=where, fix="write a number that can be meant")
     assert isinstance(of_json, json.JSONDecodeError)
     found = scan(text)
-    if not found.is_hjson:
-        what, offset = _lowered(of_json.msg), of_json.pos
+    is_hjson = found.is_hjson or (hasattr(of_hjson, "pos") and _is_trailing_comma(text, of_json.pos))
+    if not is_hjson:
+        what, offset = _in_our_words(of_json.msg), of_json.pos
     elif of_hjson is None:
         longest = max(text.split("\n"), key=len)
         return ConfigError(
@@ -210,7 +212,7 @@ def _refusal(
     elif isinstance(of_hjson, IndexError):  # what hjson does at the end of the text, in a comment or '''
         what, offset = "the text ends too early", len(text)
     elif hasattr(of_hjson, "pos"):
-        what, offset = _lowered(getattr(of_hjson, "msg", "")), getattr(of_hjson, "pos", 1) - 1
+        what, offset = _in_our_words(getattr(of_hjson, "msg", "")), getattr(of_hjson, "pos", 1) - 1
     else:  # a ValueError of Python's: hjson lets a sign pass for a digit, and there is no character -1
         escape = re.search(r"\\u(?![0-9a-fA-F]{4})", text)
         what, offset = "invalid \\uXXXX escape", escape.start() if escape else 0
@@ -234,7 +236,17 @@ def _at_a_bracket(what: str, offset: int, text: str, found: Scan) -> tuple[str, 
     return f"this {kind} is never closed", found.unclosed
 
 
-def _lowered(message: str) -> str:
+def _is_trailing_comma(text: str, offset: int) -> bool:
+    """Return whether json stopped because of a comma before a bracket, which HJSON allows: not the mistake, then."""
+    # Since Python 3.13 it stops at the comma, before that at the bracket.
+    if text.startswith(",", offset):
+        return TRAILING_COMMA.match(text, offset + 1) is not None
+    return TRAILING_COMMA.match(text, offset) is not None and text[:offset].rstrip().endswith(",")
+
+
+def _in_our_words(message: str) -> str:
+    # Versions of Python differ in whether the character follows.
+    message = re.sub(r"(\\escape|control character)\b.*", r"\1", message)
     # Some end in "at" or "starting at", for the position that json and hjson add.
     return (message[:1].lower() + message[1:]).removesuffix(" at").removesuffix(" starting")
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -24,39 +23,46 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Problem",
+    "as_written",
     "in_order",
     "placed",
     "raise_problems",
     "unknown_key",
     "validate",
-    "without_consequences",
 ]
 
 S = TypeVar("S", bound=Section)
-UNKNOWN = "unknown key"
+MANY = 100
+"""More problems than this are counted, not listed, and get no advice: finding the nearest key takes its time."""
+NO_PLACE = (math.inf,)
 
 
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong with a configuration."""
 
-    path: str
-    """Dotted path of the key."""
+    keys: Path
+    """The way to the key, in today's words; empty for the configuration as a whole."""
     text: str
     """What was received and what is allowed."""
     fix: str | None = None
     """What to do about it, where that is known."""
-    keys: Path = ()
-    """The same path as keys and indexes, in today's words; empty where it is no key of the configuration."""
+    _: KW_ONLY
+    kind: Literal["value", "unknown", "missing"] = "value"
+    """``unknown``: nobody reads the key; ``missing``: it is not there."""
     ignorable: bool = False
     """Whether DeepSpeed ignores the key: compatibility mode drops it with a warning."""
+    meant: Path | None = None
+    """What an unknown key was probably meant to be."""
+    written: Path | None = None
+    """Where it was written, if not at ``keys``."""
     place: tuple[int, int] | None = None
     """Line and column in the file, where there is one."""
 
-    @classmethod
-    def at(cls, keys: Path, text: str, fix: str | None = None, *, ignorable: bool = False) -> Problem:
-        """Return a problem of the key at ``keys``."""
-        return cls(dotted(keys), text, fix, keys, ignorable)
+    @property
+    def path(self) -> str:
+        """The way to the key as people write it, in the words of the configuration."""
+        return dotted(self.keys if self.written is None else self.written) or "the configuration"
 
     def __str__(self) -> str:
         at = "" if self.place is None else " (line {}, column {})".format(*self.place)
@@ -69,62 +75,54 @@ def placed(problem: Problem, document: Document, renamed: Mapping[Path, Path]) -
     Args:
         problem: what was found.
         document: where it was found.
-        renamed: where a deprecated key is read -> where it was written.
+        renamed: where a key is read -> where it was written: deprecated and misspelt ones.
     """
-    written = keys = problem.keys or tuple(problem.path.split("."))
-    for length in range(len(keys), 0, -1):
-        old = renamed.get(keys[:length])
-        if old is not None:
-            written = (*old, *keys[length:])
-            problem = replace(problem, path=dotted(written))
-            if length == len(keys) and old != keys:
-                problem = replace(problem, text=f"{problem.text} (it is read as {dotted(keys)})")
-            break
+    written = as_written(problem.keys, renamed)
+    if written != problem.keys:
+        problem = replace(problem, written=written)
+        if problem.keys in renamed:
+            problem = replace(problem, text=f"{problem.text} (it is read as {dotted(problem.keys)})")
     places = (document.position(written[:length]) for length in range(len(written), 0, -1))
     return replace(problem, place=next((place for place in places if place is not None), None))
 
 
+def as_written(keys: Path, renamed: Mapping[Path, Path]) -> Path:
+    """Return where the key that is read at ``keys`` was written, itself or a section that holds it being renamed.
+
+    >>> as_written(("bf16", "enabled"), {("bf16",): ("bfloat16",)})
+    ('bfloat16', 'enabled')
+    """
+    for length in range(len(keys), 0, -1):
+        old = renamed.get(keys[:length])
+        if old is not None:
+            return (*old, *keys[length:])
+    return keys
+
+
 def in_order(problems: Iterable[Problem], document: Document) -> list[Problem]:
     """Return ``problems`` in the order of their keys in ``document``; those of keys that are not there come last."""
+    places: dict[int, dict[Any, int]] = {}
 
     def order(problem: Problem) -> tuple[float, ...]:
-        if problem.place is not None:
-            return problem.place
+        if document.text is not None:
+            return problem.place or NO_PLACE
         # The same for a mapping, which has no lines: the key's place among its siblings, level by level.
         found: list[float] = []
         holder: Any = document.raw
-        for part in problem.keys if document.text is None else ():
-            if isinstance(holder, Mapping) and part in holder:
-                found.append(list(holder).index(part))
-                holder = holder[part]
+        for part in problem.written or problem.keys:
+            if isinstance(holder, Mapping):
+                siblings = places.setdefault(id(holder), {key: index for index, key in enumerate(holder)})
+                if part not in siblings:
+                    break
+                found.append(siblings[part])
             elif isinstance(holder, (list, tuple)) and isinstance(part, int) and part < len(holder):
                 found.append(part)
-                holder = holder[part]
             else:
                 break
-        return tuple(found) or (math.inf,)
+            holder = holder[part]
+        return tuple(found) or NO_PLACE
 
     return sorted(problems, key=order)
-
-
-def without_consequences(problems: Sequence[Problem]) -> list[Problem]:
-    """Return ``problems`` without what is missing only because its key is misspelt or stands in the wrong place."""
-    batch = {"train_batch_size", "train_micro_batch_size_per_gpu"}
-    meant = {(*problem.keys[:-1], name) for problem in problems for name in _suggested(problem)}
-    misplaced = {str(problem.keys[-1]) for problem in problems if problem.keys and problem.text.startswith(UNKNOWN)}
-    given = {str(keys[0]) for keys in meant if len(keys) == 1} | misplaced
-
-    def is_one(problem: Problem) -> bool:
-        if not problem.text.startswith("is missing"):
-            return False
-        return problem.keys in meant or (problem.keys == ("train_batch_size",) and not batch.isdisjoint(given))
-
-    return [problem for problem in problems if not is_one(problem)]
-
-
-def _suggested(problem: Problem) -> list[str]:
-    found = re.fullmatch(r'did you mean "(.*)"\?', problem.fix or "")
-    return [found[1]] if found and problem.keys else []
 
 
 def raise_problems(problems: Sequence[Problem], *, where: str) -> None:
@@ -136,10 +134,12 @@ def raise_problems(problems: Sequence[Problem], *, where: str) -> None:
         place = "" if only.place is None else ", line {}, column {}".format(*only.place)
         raise ConfigError(f"{only.path}: {only.text}", where=where + place, fix=only.fix)
     lines = [f"{len(problems)} problems in the configuration"]
-    for problem in problems:
+    for problem in problems[:MANY]:
         lines.append(f"  {problem}")
         if problem.fix:
             lines.append(f"    fix: {problem.fix}")
+    if len(problems) > MANY:
+        lines.append(f"  and {len(problems) - MANY} more")
     raise ConfigError("\n".join(lines), where=where)
 
 
@@ -158,18 +158,33 @@ def validate(
         return model.model_validate(data), []
     except ValidationError as error:
         details = error.errors(include_url=False)
-    return None, [_problem(model, each, path, data, unknown_is_ignorable) for each in details]
+    return None, [
+        _problem(model, each, path, data, unknown_is_ignorable, advise=index < MANY)
+        for index, each in enumerate(details)
+    ]
 
 
 def unknown_key(
-    model: type[Section], path: Path, value: Any, *, others: Iterable[str] = (), ignorable: bool = True
+    model: type[Section],
+    path: Path,
+    value: Any,
+    *,
+    others: Iterable[str] = (),
+    ignorable: bool = True,
+    advise: bool = True,
 ) -> Problem:
-    """Return the problem of a key that ``model`` does not have; the arguments are those of ``unknown.advice``."""
-    fix = advice(model, path, value, others=others, ignorable=ignorable)
-    return Problem.at(path, f"{UNKNOWN} (its value is {show(value)})", fix, ignorable=ignorable)
+    """Return the problem of a key that ``model`` does not have; the arguments are those of ``unknown.advice``.
+
+    ``advise``: whether to look for what was meant.
+    """
+    fix, meant = advice(model, path, value, others=others, ignorable=ignorable) if advise else ("remove it", None)
+    text = f"unknown key (its value is {show(value)})"
+    return Problem(path, text, fix, kind="unknown", ignorable=ignorable, meant=meant)
 
 
-def _problem(model: type[Section], details: ErrorDetails, path: Path, data: Any, unknown_is_ignorable: bool) -> Problem:
+def _problem(
+    model: type[Section], details: ErrorDetails, path: Path, data: Any, unknown_is_ignorable: bool, *, advise: bool
+) -> Problem:
     location = details["loc"]
     holder, key = _holder(model, location)
     full = (*path, *location)
@@ -177,11 +192,9 @@ def _problem(model: type[Section], details: ErrorDetails, path: Path, data: Any,
     # pydantic reports what its validators made of the value; people look for what they wrote.
     value = _at(data, location, details["input"])
     if kind == "invalid_key":
-        return Problem.at(
-            tuple(map(str, full)), f"a key must be text, got {show(full[-1])}", f'write it as "{full[-1]}"'
-        )
+        return Problem(tuple(map(str, full)), f"a key must be text, got {show(full[-1])}", f'write it as "{full[-1]}"')
     if holder is not None and key is not None and key not in holder.fields_by_key():
-        return unknown_key(holder, full, value, ignorable=unknown_is_ignorable)
+        return unknown_key(holder, full, value, ignorable=unknown_is_ignorable, advise=advise)
     if kind == "extra_forbidden" and holder is not None and key is not None:
         beside = _at(data, location[:-1], {})
         others = [
@@ -190,12 +203,12 @@ def _problem(model: type[Section], details: ErrorDetails, path: Path, data: Any,
             if field == holder.fields_by_key()[key] and name in beside
         ]
         same = " and ".join(f'"{name}"' for name in others if name != key)
-        return Problem.at(full, f"{same}, given too, means the same", "keep one of the two")
+        return Problem(full, f"{same}, given too, means the same", "keep one of the two")
     if kind == "missing":
-        return Problem.at(full, "is missing", f'add "{location[-1]}"' if location else None)
+        return Problem(full, "is missing", f'add "{location[-1]}"' if location else None, kind="missing")
     expected = _expected(kind, context, holder, key) or details["msg"][:1].lower() + details["msg"][1:]
     if kind == "needs":  # something else, so what is there is of no interest
-        return Problem.at(full, expected)
+        return Problem(full, expected)
     fix = None
     if value is None and holder is not None and key is not None:
         fix = "remove it: without it the default holds"
@@ -210,7 +223,7 @@ def _problem(model: type[Section], details: ErrorDetails, path: Path, data: Any,
         fix = f'did you mean "{close}"?' if close else None
     elif kind == "not_built":
         fix = "remove it"
-    return Problem(dotted(full) or "the configuration", f"got {show(value)}, {expected}", fix, full)
+    return Problem(full, f"got {show(value)}, {expected}", fix)
 
 
 def _in_full(section: type[Section] | None, value: Any) -> str | None:

@@ -31,8 +31,10 @@ MANY_HOMES = 3
 """A key that more sections have belongs to none in particular."""
 
 
-def advice(model: type[Section], path: Path, value: Any, *, others: Iterable[str] = (), ignorable: bool = True) -> str:
-    """Return what to do about the key at ``path``, which ``model`` does not have.
+def advice(
+    model: type[Section], path: Path, value: Any, *, others: Iterable[str] = (), ignorable: bool = True
+) -> tuple[str, Path | None]:
+    """Return what to do about the key at ``path``, which ``model`` does not have, and what it was probably meant to be.
 
     Args:
         model: the class of the section that holds the key.
@@ -45,19 +47,19 @@ def advice(model: type[Section], path: Path, value: Any, *, others: Iterable[str
     keys = [*model.fields_by_key(), *others]
     parts = key.split(".")
     if len(parts) > 1 and parts[0] in keys:
-        nested = f"dots do not nest: write {_nested_key(parts, value)}"
-        return f"{nested}, or {DROP_OTHERS}" if ignorable else nested
+        nested_key = f"dots do not nest: write {_nested_key(parts, value)}"
+        return f"{nested_key}, or {DROP_OTHERS}" if ignorable else nested_key, None
     if not key.startswith("_") and not (len(path) == 1 and key in OF_CLIENTS):
-        meant = _meant(model, path, keys)
-        if meant:
-            return meant
+        fix, meant = _meant(model, path, keys)
+        if fix:
+            return fix, meant
         few = [info.serialization_alias or name for name, info in model.model_fields.items()]
         if len(path) > 1 and 0 < len(few) <= MANY_KEYS:
-            return f"use one of {', '.join(sorted(few))}" + (f"; or {DROP_OTHERS}" if ignorable else "")
-    return f"remove it, or {DROP_OTHERS}" if ignorable else "remove it"
+            return f"use one of {', '.join(sorted(few))}" + (f"; or {DROP_OTHERS}" if ignorable else ""), None
+    return f"remove it, or {DROP_OTHERS}" if ignorable else "remove it", None
 
 
-def _meant(model: type[Section], path: Path, keys: Sequence[str]) -> str:
+def _meant(model: type[Section], path: Path, keys: Sequence[str]) -> tuple[str, Path | None]:
     """Return what the key should have been called, or where it belongs; empty where nothing is like it."""
     key = str(path[-1])
     close = ALSO_CALLED[key] if key in ALSO_CALLED and ALSO_CALLED[key] in keys else nearest(key, keys)
@@ -68,8 +70,10 @@ def _meant(model: type[Section], path: Path, keys: Sequence[str]) -> str:
     if close and len(path) > 1 and "" not in homes:
         homes = ()
     if homes:
-        return "it belongs " + " or ".join(f'under "{home}"' if home else "at the top level" for home in homes)
-    return f'did you mean "{close}"?' if close else ""
+        words = " or ".join(f'under "{home}"' if home else "at the top level" for home in homes)
+        is_one = len(homes) == 1 and "*" not in homes[0]
+        return f"it belongs {words}", (*filter(None, homes[0].split(".")), key) if is_one else None
+    return (f'did you mean "{close}"?', (*path[:-1], close)) if close else ("", None)
 
 
 def _nested_key(parts: Sequence[str], value: Any) -> str:
