@@ -250,6 +250,8 @@ def _together(parts: _Parts, earlier: Sequence[Problem], dp_world_size: int | No
     is_open |= "elasticity" not in parts.further and any(problem.keys[:1] == ("elasticity",) for problem in earlier)
     batch, problems = _batch(parts, None if is_open else dp_world_size)
     config = Config.model_validate({**parts.known, **_sizes(batch)}).with_sections(parts.further)
+    for name, section in parts.further.items():
+        problems += [found for found in _not_built(name, type(section)) if section.is_on() and found not in earlier]
     problems += check(config, bad)
     if dp_world_size is not None:
         problems += unresolved(config)
@@ -267,15 +269,21 @@ def _read_section(model: type[Section], name: str, value: Any, into: dict[str, S
     section, problems = validate(model, value, path=(name,))
     if section is not None:
         into[name] = section
-    # That it is not built is told beside what is wrong in it, not only once that is mended.
-    is_on = model.is_switched_on(value) if section is None else section.is_on()
-    if model.comes_with and is_on and not _is_carried_out(name):
-        fix = f'remove "{name}"'
-        if "enabled" in model.model_fields:
-            fix += ', or set its "enabled" to false'
-        text = f"this section is not built yet; it comes with a later release of {model.comes_with}"
-        problems.append(Problem((name,), text, fix))
+    elif model.is_switched_on(value):
+        # Told beside what is wrong in it, not only once that is mended.
+        problems += _not_built(name, model)
     return problems
+
+
+def _not_built(name: str, model: type[Section]) -> list[Problem]:
+    """Return the problem of a section that is on, if nothing carries it out yet."""
+    if not model.comes_with or _is_carried_out(name):
+        return []
+    fix = f'remove "{name}"'
+    if "enabled" in model.model_fields:
+        fix += ', or set its "enabled" to false'
+    text = f"this section is not built yet; it comes with a later release of {model.comes_with}"
+    return [Problem((name,), text, fix)]
 
 
 def _is_carried_out(name: str) -> bool:

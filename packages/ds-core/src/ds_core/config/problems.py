@@ -180,7 +180,7 @@ def unknown_key(
     ``advise``: whether to look for what was meant.
     """
     fix, meant = advice(model, path, value, others=others, ignorable=ignorable) if advise else ("remove it", None)
-    text = f"unknown key (its value is {show(value)})"
+    text = f"unknown key (its value is {model.shown(path[-1], value)})"
     return Problem(path, text, fix, kind="unknown", ignorable=ignorable, meant=meant)
 
 
@@ -207,7 +207,8 @@ def _problem(
         same = " and ".join(f'"{name}"' for name in others if name != key)
         return Problem(full, f"{same}, given too, means the same", "keep one of the two")
     if kind == "missing":
-        return Problem(full, "is missing", f'add "{location[-1]}"' if location else None, kind="missing")
+        text = details["msg"] if details["msg"].startswith("is missing") else "is missing"
+        return Problem(full, text, f'add "{location[-1]}"' if location else None, kind="missing")
     expected = _expected(kind, context, holder, key) or details["msg"][:1].lower() + details["msg"][1:]
     if kind == "needs":  # something else, so what is there is of no interest
         return Problem(full, expected)
@@ -225,7 +226,8 @@ def _problem(
         fix = f'did you mean "{close}"?' if close else None
     elif kind == "not_built":
         fix = "remove it"
-    return Problem(full, f"got {show(value)}, {expected}", fix)
+    shown = holder.shown(key, value) if holder is not None and key is not None else show(value)
+    return Problem(full, f"got {shown}, {expected}", fix)
 
 
 def _in_full(section: type[Section] | None, value: Any) -> str | None:
