@@ -7,7 +7,7 @@ import importlib.metadata as metadata
 import ds_ckpt
 
 PUBLIC: list[str] = []
-ENTRY_POINTS: set[tuple[str, str, str]] = set()
+ENTRY_POINTS = {("ds_core.checkpoint", "sharded", "ds_ckpt.sharded:ShardedCheckpoint")}
 
 
 def test_public_names() -> None:

@@ -27,11 +27,13 @@ class StoredFile:
     """Its size."""
     checksum: str | None
     """``xxh3:`` and 32 hex digits of its XXH3-128, or None where the format has none."""
+    header: tuple[int, str] | None = None
+    """Bytes and checksum of what is before its first chunk, where the format has one for it."""
 
 
 @dataclass(frozen=True)
 class StoredChunk:
-    """Where the elements of one chunk of a logical tensor are: ``nbytes`` from ``offset`` of ``file``, little-endian."""
+    """Where the elements of one chunk of a tensor are: ``nbytes`` from ``offset`` of ``file``, little-endian."""
 
     chunk: Chunk
     file: str
