@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -196,7 +197,8 @@ def test_any_value_is_either_right_or_refused(value):
         try:
             read(field(value))
         except CheckpointError as error:
-            assert len(str(error)) < 1000
+            message = str(error)
+            assert len(message) < 1000
 
 
 # -- chunks -----------------------------------------------------------------------------------------------------------
@@ -215,10 +217,7 @@ def check(*tensors, sizes=None) -> None:
 
 
 def columns(*edges) -> list[Chunk]:
-    return [
-        Chunk(Box((0, low), (4, high - low)), 0, 4 * (high - low))
-        for low, high in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    return [Chunk(Box((0, low), (4, high - low)), 0, 4 * (high - low)) for low, high in itertools.pairwise(edges)]
 
 
 @pytest.mark.parametrize(
@@ -279,7 +278,7 @@ def test_a_cut_is_right_and_any_change_of_it_is_not(data):
     shape = tuple(data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
     whole = Chunk.whole(shape)
     edges = sorted({0, whole.length, *data.draw(st.lists(st.integers(0, whole.length), max_size=4))})
-    chunks = [Chunk(whole.box, low, high - low) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    chunks = [Chunk(whole.box, low, high - low) for low, high in itertools.pairwise(edges)]
     check(stored(shape, chunks))
     victim = data.draw(st.integers(0, len(chunks) - 1))
     old = chunks[victim]

@@ -6,7 +6,7 @@ import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +18,9 @@ from ds_ckpt.formats.sharded import read_sharded
 from ds_ckpt.sharded import ShardedCheckpoint
 from ds_core.errors import CheckpointError
 from ds_core.testing.checkpoint import snapshot
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +253,8 @@ def test_any_value_anywhere_is_read_or_refused(folder, original, data):
     try:
         stored = read_sharded(folder)
     except CheckpointError as error:
-        assert len(str(error)) < 2000
+        message = str(error)
+        assert len(message) < 2000
         return
     # What is believed fits the files.
     for tensor in stored.tensors.values():
