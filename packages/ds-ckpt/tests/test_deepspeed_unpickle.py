@@ -7,6 +7,7 @@ import collections
 import os
 import pickle
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ds_ckpt.formats.deepspeed.unpickle import Limits, Unpickled, unpickle
+from ds_ckpt.formats.deepspeed.jsonable import Encoder
+from ds_ckpt.formats.deepspeed.unpickle import Limits, unpickle
 from ds_ckpt.formats.deepspeed.values import Record, Storage, TensorRef
 from ds_core.errors import CheckpointError
 
 FIXTURES = Path(__file__).parent / "deepspeed-0.19.6"
 STOP = b"."
-LEFT = Path("/tmp/ds-ckpt-was-run")
+LEFT = Path(tempfile.gettempdir()) / f"ds-ckpt-was-run-{os.getpid()}"
 SMALL = Limits(nbytes=2**16, opcodes=20_000, marks=50, tensors=50, storages=50, copied=10_000)
 
 
@@ -162,33 +164,54 @@ def nothing_runs() -> Any:
     assert set(sys.modules) == before
 
 
+def call(module: str, attribute: str, *args: bytes) -> bytes:
+    return name(module, attribute) + b"(" + b"".join(args) + b"tR"
+
+
 @pytest.mark.usefixtures("nothing_runs")
 @pytest.mark.parametrize(
     ("value", "named"),
     [
         (_Reduces(os.system, (f"touch {LEFT}",)), "posix.system"),
-        (_Reduces(eval, ("1",)), "builtins.eval"),
-        (_Reduces(exec, ("1",)), "builtins.exec"),
-        (_Reduces(getattr, (os, "system")), "builtins.getattr"),
-        (_Reduces(print, ("x",)), "builtins.print"),
-        (_Reduces(pickle.loads, (b".",)), "_pickle.loads"),
-        (_Reduces(type, ("X", (), {})), "builtins.type"),
+        (_Reduces(eval, ("1",)), "eval"),
+        (_Reduces(exec, ("1",)), "exec"),
+        (_Reduces(getattr, ("", "join")), "getattr"),
+        (_Reduces(print, ("x",)), "print"),
+        (_Reduces(pickle.loads, (b".",)), "pickle.loads"),
+        (_Reduces(type, ("X", (), {})), "type"),
         (os.path.join, "posixpath.join"),
-        (complex(1, 2), "builtins.complex"),
-        (bytearray(b"x"), "bytearray"),
+        (complex(1, 2), "complex"),
         (Path("/x"), "pathlib"),
+        (np.zeros(3), "_reconstruct"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_other_names_are_refused_by_name(value: Any, named: str, protocol: int) -> None:
-    # os is a module, which pickle cannot name: there the call itself is written by hand.
-    try:
-        data = pickle.dumps(value, protocol)
-    except TypeError:
-        data = name("builtins", "getattr") + name("builtins", "list") + text("__class__") + b"\x86R."
-    what = refused(data)
-    assert named.replace("builtins.", "").replace("_pickle.", "") in what or "BYTEARRAY" in what or "getattr" in what
+    assert named in refused(pickle.dumps(value, protocol))
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize(
+    "data",
+    [
+        call("os", "system", text(f"touch {LEFT}")),
+        call("builtins", "getattr", name("builtins", "list"), text("__class__")),
+        call("builtins", "getattr", call("builtins", "getattr", name("torch", "Size"), text("x")), text("y")),
+        call("builtins", "__import__", text("os")),
+        call("torch", "load", text("x.pt")),
+        call("torch.storage", "_load_from_bytes", text("x")),
+        call("torch._utils", "_rebuild_sparse_tensor"),
+        call("copyreg", "_reconstructor", name("builtins", "dict"), name("builtins", "object"), b"N"),
+        call("builtins", "list", name("os", "system")),
+        call("operator", "attrgetter", text("__class__")),
+        call("functools", "partial", name("os", "system")),
+        name("collections", "OrderedDict.__class__"),
+        text("collections") + text("OrderedDict.fromkeys") + b"\x93",
+    ],
+)
+def test_chains_of_names_are_refused(data: bytes) -> None:
+    assert "on the list" in refused(data + STOP) or "an attribute of something else" in refused(data + STOP)
 
 
 @pytest.mark.usefixtures("nothing_runs")
@@ -232,8 +255,10 @@ def test_the_arguments_of_names_on_the_list_are_checked() -> None:
     assert "no name" in refused(text("os.system") + b")R.")
     kind = name("deepspeed.runtime.zero.config", "ZeroStageEnum")
     assert "getattr" in refused(name("builtins", "getattr") + kind + text("__class__") + b"\x86R.")
-    inner = name("torch._tensor", "_rebuild_from_type_v2") + name("_codecs", "encode") + name("torch", "Tensor")
-    assert "_rebuild_from_type_v2" in refused(b"(" + inner + b"))t" + b"R.")
+    rebuild = name("torch._tensor", "_rebuild_from_type_v2")
+    for function in (name("_codecs", "encode"), name("torch", "Size"), rebuild, b"N"):
+        args = b"(" + function + name("torch", "Tensor") + b"))t"
+        assert "_rebuild_from_type_v2: a tensor of a type" in refused(rebuild + args + b"R.")
 
 
 @pytest.mark.parametrize(
@@ -293,7 +318,7 @@ def test_a_tensor_needs_a_storage() -> None:
     [
         (b"", "does not end"),
         (b"]", "does not end"),
-        (b".", "not there"),
+        (b".", "in the middle"),
         (b"]].", "in the middle"),
         (b"(].", "in the middle"),
         (b"0.", "not there"),
@@ -329,15 +354,19 @@ def test_what_is_no_pickle_is_refused(data: bytes, named: str) -> None:
 
 def test_limits_hold() -> None:
     assert "opcodes" in refused(b"N0" * 100_000 + b"N.", SMALL)
-    assert "65536 bytes" in refused(b"\x8d" + (2**16 - 20).to_bytes(8, "little") + b"a" * 2**17, SMALL) or True
+    assert "within 65536 bytes" in refused(b"N0" * 100_000 + b"N.", Limits(nbytes=2**16))
+    assert "65531 are left" in refused(b"X" + (2**16).to_bytes(4, "little") + b"a" * 2**17, SMALL)
     assert "nested deeper" in refused(b"(" * 100, SMALL)
-    assert "copies" in refused(b"](" + b"K\x01" * 2000 + b"eq\x00" + (name("torch", "Size") + b"h\x00\x85R0") * 9, SMALL)
-    whole = name("argparse", "Namespace") + b")\x81q\x00}(" + b"".join(text(str(i)) + b"N" for i in range(900)) + b"uq\x01b"
+    assert "copies" in refused(
+        b"](" + b"K\x01" * 2000 + b"eq\x00" + (name("torch", "Size") + b"h\x00\x85R0") * 9, SMALL
+    )
+    whole = (
+        name("argparse", "Namespace") + b")\x81q\x00}(" + b"".join(text(str(i)) + b"N" for i in range(900)) + b"uq\x01b"
+    )
     assert "copies" in refused(whole + b"h\x01b" * 20, SMALL)
     many = b"".join(storage(key=str(index)) for index in range(60))
     assert "storages" in refused(many, SMALL)
     assert "tensors" in refused(tensor(0, sizes(1), sizes(1)) * 60, SMALL)
-    assert "within 65536 bytes" in refused(text("a" * 1000) * 100, SMALL) or True
 
 
 def test_deep_nesting_ends_no_process() -> None:
@@ -349,13 +378,17 @@ def test_deep_nesting_ends_no_process() -> None:
 
 
 def test_a_memo_bomb_costs_nothing() -> None:
-    # Each list holds the one before twice: 2**60 leaves, 60 lists.
-    data = b"]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60)) + b"\x85\x85."
-    levels = load(data.replace(b"\x85\x85.", b"(" + b"1" + b"\x85" + b"\x85.")) if False else None
-    assert levels is None
-    found = unpickle(b"(" + data[:-3] + b"l.", file="x.pt")
-    assert isinstance(found, Unpickled)
-    assert len(found.value) == 61
+    # Each list holds the one before twice: 2**60 leaves in 61 lists.
+    bomb = b"(]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60)) + b"l."
+    found = load(bomb)
+    assert len(found) == 61
+    with pytest.raises(CheckpointError, match="nested too deeply, or holding itself"):
+        Encoder(Path()).encode(found[-1], "client_state")
+
+
+def test_a_value_that_holds_itself_is_no_json() -> None:
+    with pytest.raises(CheckpointError, match="nested too deeply, or holding itself"):
+        Encoder(Path()).encode(load(b"]q\x00h\x00a."), "client_state")
 
 
 def _pickles() -> list[bytes]:
@@ -369,7 +402,7 @@ def _pickles() -> list[bytes]:
 PICKLES = _pickles()
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_mutated_pickles_are_read_or_refused(data: st.DataObject) -> None:
     mutated = bytearray(data.draw(st.sampled_from(PICKLES)))
@@ -387,8 +420,10 @@ def test_mutated_pickles_are_read_or_refused(data: st.DataObject) -> None:
     _read_or_refuse(bytes(mutated))
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.lists(st.sampled_from([bytes([code]) for code in range(256)] + [b"K\x01", b"h\x00", b"q\x00", b"]", b"}", b"("])))
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.sampled_from([bytes([code]) for code in range(256)] + [b"K\x01", b"h\x00", b"q\x00", b"]", b"}", b"("]))
+)
 @example([b"(", b"t", b"."])
 def test_random_opcodes_are_read_or_refused(codes: list[bytes]) -> None:
     _read_or_refuse(b"".join(codes) + STOP)

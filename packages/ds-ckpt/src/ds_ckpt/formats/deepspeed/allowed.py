@@ -15,7 +15,7 @@ from ds_ckpt.formats.deepspeed.values import Global, Record, Storage, TensorRef
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["CALLABLE", "DTYPES", "RECORDS", "STORAGES", "check_key", "is_allowed"]
+__all__ = ["CALLABLE", "DTYPES", "RECORDS", "STORAGES", "check_key", "check_numpy_state", "is_allowed"]
 
 STORAGES = {
     "DoubleStorage": "float64",
@@ -180,6 +180,10 @@ def _bytes_of_text(text: Any, encoding: Any) -> bytes:
     return text.encode("latin-1")
 
 
+def _no_bytes() -> bytes:
+    return b""
+
+
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TensorRef:
     if type(storage) is not Storage:
         raise ValueError("a tensor without a storage")
@@ -224,6 +228,16 @@ def _numpy_dtype(name: Any, *rest: Any) -> Record:
     if type(name) is not str:
         raise ValueError("a numpy dtype without a name")
     return Record(_NUMPY_DTYPE, {"name": name})
+
+
+def check_numpy_state(record: Record, state: Any) -> None:
+    """Refuse the state of a numpy dtype that is not of this machine's byte order.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if record.of != _NUMPY_DTYPE or type(state) is not tuple or len(state) < 2 or state[1] not in ("<", "|", "="):
+        raise ValueError("a numpy dtype that is not little-endian")
 
 
 def _numpy_scalar(dtype: Any, data: Any) -> Any:
@@ -274,6 +288,7 @@ CALLABLE: Mapping[Global, Callable[..., Any]] = {
     **{Global(module, "set"): _set for module in _BUILTINS},
     **{Global(module, "frozenset"): _frozenset for module in _BUILTINS},
     Global("_codecs", "encode"): _bytes_of_text,
+    **{Global(module, "bytes"): _no_bytes for module in _BUILTINS},
     _ZERO_STAGE: _enum,
     **{Global(module, "getattr"): _enum_member for module in _BUILTINS},
     _NUMPY_DTYPE: _numpy_dtype,

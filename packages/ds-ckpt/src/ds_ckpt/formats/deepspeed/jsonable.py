@@ -12,7 +12,7 @@ from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from ds_ckpt.checks import open_inside
-from ds_ckpt.formats.deepspeed.values import Record, TensorRef
+from ds_ckpt.formats.deepspeed.values import Global, Record, TensorRef
 from ds_core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ __all__ = ["Encoder"]
 
 _TAG = "$ds"
 _MAX_DEPTH = 100
-_MAX_VALUES = 2_000_000
+_MAX_VALUES = 500_000
 _MAX_TEXT = 128 * 2**20
 _MAX_TENSOR_BYTES = 2**20
 """As in ``ds_core.checkpoint.jsonable``: a larger tensor does not belong into client state."""
@@ -79,7 +79,8 @@ class Encoder:
             return self._dict(value.fields, where, inner)
         if type(value) is TensorRef:
             return self._tensor(value, where)
-        raise self._refused(f"a value of type {value.of if type(value) is Record else type(value).__name__}", where)
+        kind = value.of if type(value) is Record else value if type(value) is Global else type(value).__name__
+        raise self._refused(f"a value of type {kind}", where)
 
     def _text(self, value: str, where: str) -> str:
         self.text += len(value)

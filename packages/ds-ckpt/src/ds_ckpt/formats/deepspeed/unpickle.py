@@ -15,7 +15,7 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ds_ckpt.formats.deepspeed.allowed import CALLABLE, RECORDS, STORAGES, check_key, is_allowed
+from ds_ckpt.formats.deepspeed.allowed import CALLABLE, RECORDS, STORAGES, check_key, check_numpy_state, is_allowed
 from ds_ckpt.formats.deepspeed.values import Global, Record, Storage, TensorRef
 from ds_core.errors import CheckpointError
 
@@ -281,7 +281,13 @@ class _Machine:
             # Attributes of a dictionary (a module's versions) or a tensor mean nothing here.
             return
         if type(state) is not dict:
-            raise _BadError(f"the state of a {target.of} is no dictionary")
+            if target.of in RECORDS:
+                raise _BadError(f"the state of a {target.of} is no dictionary")
+            try:
+                check_numpy_state(target, state)
+            except ValueError as error:
+                raise _BadError(str(error)) from None
+            return
         self.charge((state,))
         if not all(type(key) is str for key in state):
             raise _BadError(f"the state of a {target.of} has a key that is no text")
