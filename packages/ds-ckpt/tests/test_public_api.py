@@ -6,8 +6,11 @@ import importlib.metadata as metadata
 
 import ds_ckpt
 
-PUBLIC: list[str] = []
-ENTRY_POINTS = {("ds_core.checkpoint", "sharded", "ds_ckpt.sharded:ShardedCheckpoint")}
+PUBLIC = ["Checkpoint", "open"]
+ENTRY_POINTS = {
+    ("ds_core.checkpoint", "sharded", "ds_ckpt.sharded:ShardedCheckpoint"),
+    ("ds_core.cli", "ckpt", "ds_ckpt.cli:app"),
+}
 
 
 def test_public_names() -> None:

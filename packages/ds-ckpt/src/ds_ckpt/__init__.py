@@ -1,4 +1,4 @@
-"""ds-ckpt: The ckpt part of the ds training runtime.
+"""ds-ckpt: checkpoints that load at any world size: sharded, checksummed, nothing pickled, and one reader for all.
 
 >>> import ds_ckpt
 >>> ds_ckpt.__version__
@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from ds_ckpt.reader import Checkpoint, open
+
 __version__ = "0.1.0"
 
-__all__: list[str] = []
+__all__ = ["Checkpoint", "open"]

@@ -43,7 +43,7 @@ class StoredReader(CheckpointReader):
         return self.stored.world_size
 
     def rank_state(self, rank: int) -> Mapping[str, Any]:
-        return self.stored.rank_states[rank]
+        return self.stored.rank_states[rank] if self.stored.rank_states else {}
 
     def tensors(self) -> Sequence[LogicalTensor]:
         return [tensor.of for tensor in self.stored.tensors.values()]

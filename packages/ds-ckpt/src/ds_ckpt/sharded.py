@@ -162,9 +162,11 @@ def _joined(folder: Path, reports: Sequence[_Report], snapshot: Snapshot) -> Sto
                     fix="build the same model on every rank",
                 )
             chunks.append(chunk)
+    # In the order of the model, as rank 0 sees it; what it has no part of comes last.
+    order = [(piece.of.name, piece.of.kind, piece.of.rank) for piece in snapshot.pieces]
     tensors = {
         key: StoredTensor(of, tuple(sorted(chunks, key=lambda chunk: (chunk.chunk.box.start, chunk.chunk.offset))))
-        for key, (of, chunks) in found.items()
+        for key, (of, chunks) in ((key, found[key]) for key in dict.fromkeys([*order, *found]) if key in found)
     }
     try:
         check_chunks(tensors.values(), {name: file.nbytes for name, file in files.items()}, folder, None)
