@@ -221,6 +221,12 @@ def test_without_a_checksum_only_what_is_wanted_is_read(tmp_path, monkeypatch):
     assert (counted.read, counted.checked) == (28, 0)
 
 
+def test_a_format_that_keeps_no_state_of_ranks(tmp_path):
+    (tmp_path / "file").write_bytes(VALUES.numpy().tobytes())
+    stored = without_checksums(tmp_path, [StoredChunk(Chunk.whole(SHAPE), "file", 0, 480)])
+    assert StoredReader(stored).rank_state(0) == {}
+
+
 def test_two_tensors_of_the_same_bytes(tmp_path):
     """Tied weights of others' files: one is a view of the other with another shape and dtype."""
     (tmp_path / "file").write_bytes(VALUES.numpy().tobytes())
