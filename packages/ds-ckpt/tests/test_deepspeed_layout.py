@@ -361,7 +361,7 @@ class OfTheCaller:
 
 def test_a_class_of_the_caller_is_refused_by_name(tmp_path: Path) -> None:
     w.write_partitions(tmp_path / "t", example(), 2, mine={"a": [OfTheCaller()]})
-    with pytest.raises(CheckpointError, match="OfTheCaller.* is not on the list"):
+    with pytest.raises(CheckpointError, match=r"OfTheCaller.* is not on the list"):
         read_deepspeed(tmp_path / "t")
 
 
@@ -453,7 +453,7 @@ def test_shards_of_another_model_are_refused(world: int, tmp_path: Path) -> None
         write(tmp_path / name, example(), world)
         write(tmp_path / "other" / name, other, world)
         shutil.copy(tmp_path / "other" / name / "zero_pp_rank_1_mp_rank_00_optim_states.pt", tmp_path / name)
-        with pytest.raises(CheckpointError, match="elements|expected"):
+        with pytest.raises(CheckpointError, match=r"elements|expected"):
             read_deepspeed(tmp_path / name)
 
 
