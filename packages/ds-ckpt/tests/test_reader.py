@@ -160,6 +160,31 @@ def test_a_hostile_state_is_refused(tmp_path, value):
         checkpoint.client_state  # noqa: B018
 
 
+def test_a_tensor_that_fits_nowhere_is_refused(tmp_path):
+    """Its file has holes, so that it takes no room on the disk."""
+    save(tmp_path, "tag")
+    path = tmp_path / "tag" / "checkpoint.json"
+    content = json.loads(path.read_bytes())
+    name = next(iter(content["files"]))
+    with (tmp_path / "tag" / name).open("r+b") as file:
+        file.truncate(2**42)
+    content["files"] = {name: {**content["files"][name], "bytes": 2**42}}
+    row = [0, 512, 2**41, "xxh3:" + "0" * 32, None, None, 0, 2**39]
+    huge = {"name": "huge", "kind": "weight", "rank": None, "shape": [2**39], "dtype": "float32", "chunks": [row]}
+    content["tensors"] = [huge]
+    body = (json.dumps({k: v for k, v in content.items() if k not in ("format", "version", "checksum")})[1:]).encode()
+    path.write_bytes(manifest._head(body) + body)
+    code = (
+        "import resource, ds_ckpt; from ds_core.errors import CheckpointError\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))\n"
+        f"checkpoint = ds_ckpt.open({str(tmp_path)!r})\n"
+        "try:\n    checkpoint.tensor('huge')\n"
+        "except CheckpointError as error:\n    assert 'does not fit' in str(error)\n"
+        "else:\n    raise AssertionError\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 # -- which one --------------------------------------------------------------------------------------------------------
 
 

@@ -99,7 +99,15 @@ class Checkpoint:
         import torch
 
         of = self._find(name, kind, rank).of
-        data = torch.empty(of.shape, dtype=getattr(torch, of.dtype))
+        try:
+            data = torch.empty(of.shape, dtype=getattr(torch, of.dtype))
+        except (MemoryError, RuntimeError) as error:
+            # A file with holes may truly have 10^15 bytes.
+            raise CheckpointError(
+                f"{of.kind} {of.name!r} of {list(of.shape)} elements of {of.dtype} does not fit into memory",
+                where=str(self.path),
+                fix="read it on a machine with more memory",
+            ) from error
         self._reader.read([Piece(of, Chunk.whole(of.shape), data)])
         return data
 

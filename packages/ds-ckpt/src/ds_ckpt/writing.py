@@ -68,6 +68,7 @@ def write_file(path: Path, parts: Sequence[Part]) -> tuple[StoredFile, list[Stor
                 chunks.append(StoredChunk(part.chunk, path.name, at, len(data), checksum(data)))
                 _write_all(descriptor, data)
                 at += len(data)
+                del data  # before the next one is copied
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
