@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
+import random
 import shutil
 import sys
 from collections import OrderedDict
@@ -15,8 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_ckpt.formats.deepspeed import is_deepspeed, read_deepspeed
+from ds_ckpt.formats.deepspeed import is_deepspeed, layout, read_deepspeed, torchfile, universal
 from ds_ckpt.formats.deepspeed.stage0 import assign
+from ds_ckpt.formats.deepspeed.torchfile import TorchFile
+from ds_ckpt.formats.deepspeed.values import Global, Record
 from ds_ckpt.loading import StoredReader
 from ds_core.checkpoint.jsonable import decode
 from ds_core.errors import CheckpointError
@@ -90,7 +94,7 @@ def check(folder: Path, model: Any, *, weights: bool, frozen: bool = True, maste
         assert torch.equal(found[key], value), key
     values = stored.state["optimizer"]["values"]
     for name in model.trained:
-        step = found[name, "step"].item() if (name, "step") in found else values[name]["step"]
+        step = found[name, "step"].reshape(()).item() if (name, "step") in found else values[name]["step"]
         assert step == float(model.step)
     groups = stored.state["optimizer"]["groups"]
     assert [set(group["names"]) for group in groups] == [set(group) for group in model.groups]
@@ -471,3 +475,131 @@ def test_a_universal_parameter_cannot_lead_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "t" / "zero" / "a").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="or a link"):
         read_deepspeed(tmp_path / "t")
+
+
+def edited(folder: Path, edit: Any) -> None:
+    """Change the inner dictionary of rank 0's optimizer file."""
+    path = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    with w.its_classes():
+        value = torch.load(path, weights_only=False)
+    edit(value["optimizer_state_dict"])
+    w.save(value, path)
+
+
+def longer(inner: Any) -> None:
+    inner["single_partition_of_fp32_groups"][0] = torch.zeros(1000)
+
+
+def with_gaps(inner: Any) -> None:
+    inner["single_partition_of_fp32_groups"] = [
+        part.repeat_interleave(2)[::2] for part in inner["single_partition_of_fp32_groups"]
+    ]
+
+
+def square(inner: Any) -> None:
+    state = inner["base_optimizer_state"]["state"][0]
+    state["exp_avg"] = state["exp_avg"].view(-1, 2)
+
+
+def without_slot(inner: Any) -> None:
+    del inner["base_optimizer_state"]["state"][0]["exp_avg"]
+
+
+def of_another_dtype(inner: Any) -> None:
+    inner["base_optimizer_state"]["state"][0]["exp_avg"] = inner["base_optimizer_state"]["state"][0]["exp_avg"].half()
+
+
+def of_another_stage(inner: Any) -> None:
+    inner["zero_stage"] = w.ZeroStageEnum.optimizer_states
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (longer, "elements on all ranks together"),
+        (with_gaps, "one dimension without gaps"),
+        (square, "one dimension without gaps"),
+        (without_slot, "it on rank 0 as well"),
+        (of_another_dtype, "one dtype on all ranks, not float16, float32"),
+        (of_another_stage, "as in the file of rank 0"),
+    ],
+)
+def test_ranks_must_agree(edit: Any, named: str, tmp_path: Path) -> None:
+    w.write_partitions(tmp_path / "t", example(), 2)
+    edited(tmp_path / "t", edit)
+    with pytest.raises(CheckpointError, match=named):
+        read_deepspeed(tmp_path / "t")
+
+
+def test_every_sub_group_belongs_to_one_group(tmp_path: Path) -> None:
+    def without(inner: Any) -> None:
+        inner["optimizer_state_dict"]["param_groups"].pop()
+
+    def twice(inner: Any) -> None:
+        inner["optimizer_state_dict"]["param_groups"][1]["params"] = [0]
+
+    for edit, named in ((without, "all 2 sub-groups"), (twice, "every sub-group once")):
+        w.write_slices(tmp_path / edit.__name__, example(), 2)
+        edited(tmp_path / edit.__name__, edit)
+        with pytest.raises(CheckpointError, match=named):
+            read_deepspeed(tmp_path / edit.__name__)
+
+
+def test_a_step_may_have_one_dimension(tmp_path: Path) -> None:
+    model = example()
+    model.step = torch.tensor([7.0])
+    w.write_partitions(tmp_path / "t", model, 2)
+    check(tmp_path / "t", model, weights=True)
+
+
+JUNK: list[Any] = [None, True, -1, 2**61, 10**30, 1.5, "x", "../x", b"x", [], [1], [[]], (), (-1,), (2**40, 2**40)]
+JUNK += [{}, {1: 2}, {"a": {}}, set(), Global("torch", "float16"), Record(Global("argparse", "Namespace"), {"a": 1})]
+
+
+def places_in(value: Any) -> list[tuple[Any, Any]]:
+    """Return (container, key) of every value inside."""
+    inner = value.fields if type(value) is Record else value
+    if not isinstance(inner, dict | list):
+        return []
+    keys = list(inner) if isinstance(inner, dict) else list(range(len(inner)))
+    return [(inner, key) for key in keys] + [place for key in keys for place in places_in(inner[key])]
+
+
+@pytest.mark.parametrize("kind", ["partitions", "slices", "universal 2", "universal 3", "stage 0"])
+def test_files_with_other_values_are_read_or_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Well-formed files whose values are not what they should be; 200 of each kind."""
+    model = example()
+    if kind == "stage 0":
+        write_stage0(tmp_path / "t", model, plain_optimizer(model, [list(group) for group in model.groups]))
+    elif kind.startswith("universal"):
+        w.write_universal(tmp_path / "t", model, stage=int(kind[-1]))
+    else:
+        {"partitions": w.write_partitions, "slices": w.write_slices}[kind](tmp_path / "t", model, 2)
+    rng, number = random.Random(1), len(list((tmp_path / "t").rglob("*.pt")))
+    parsed: dict[str, TorchFile] = {}
+
+    def changed(folder: Path, name: str) -> TorchFile:
+        if name not in parsed:
+            parsed[name] = torchfile.read_torch_file(folder, name)
+        file = parsed[name]
+        value = copy.deepcopy(file.value)
+        places = places_in(value)
+        if places and rng.random() < 1 / number:
+            container, key = rng.choice(places)
+            if rng.random() < 0.2:
+                del container[key]
+            else:
+                container[key] = copy.deepcopy(rng.choice(JUNK))
+        return TorchFile(file.name, file.nbytes, value)
+
+    monkeypatch.setattr(layout, "read_torch_file", changed)
+    monkeypatch.setattr(universal, "read_torch_file", changed)
+    refusals = 0
+    for _ in range(200):
+        try:
+            read_deepspeed(tmp_path / "t")
+        except CheckpointError:
+            refusals += 1
+    assert 0 < refusals < 200

@@ -218,6 +218,20 @@ def test_entries_that_overlap_are_refused(archive: Path) -> None:
     refused(archive, "another name|overlaps")
 
 
+def test_an_entry_inside_another_is_refused(archive: Path) -> None:
+    """The last entry's header is in the content of the one before."""
+    header = struct.pack("<4sHHHHHIIIHH", b"PK\x03\x04", 20, 0, 0, 0, 0, 0, 4, 4, 8, 0) + b"x/data/9"
+    with zipfile.ZipFile(archive, "a") as entries:
+        entries.writestr("x/data/8", header + b"1234" * 4)
+        entries.writestr("x/data/9", b"1234")
+    data = bytearray(archive.read_bytes())
+    at = data.index(header[:30] + b"x/data/9")
+    directory = data.rindex(b"PK\x01\x02")
+    data[directory + 42 : directory + 46] = struct.pack("<I", at)
+    archive.write_bytes(data)
+    refused(archive, "entry 'data/9' overlaps")
+
+
 @pytest.mark.parametrize("field", [20, 24, 42], ids=["compressed size", "size", "offset"])
 @pytest.mark.parametrize("value", [2**31, 2**32 - 2, 1])
 def test_false_numbers_in_the_directory_are_refused(archive: Path, field: int, value: int) -> None:

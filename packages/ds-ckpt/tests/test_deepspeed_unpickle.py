@@ -256,7 +256,12 @@ def test_the_arguments_of_names_on_the_list_are_checked() -> None:
     assert "no name" in refused(text("os.system") + b")R.")
     kind = name("deepspeed.runtime.zero.config", "ZeroStageEnum")
     assert "getattr" in refused(name("builtins", "getattr") + kind + text("__class__") + b"\x86R.")
+    size_named = name("builtins", "getattr") + size + text("gradients") + b"\x86R."
+    assert "getattr" in refused(size_named)
     rebuild = name("torch._tensor", "_rebuild_from_type_v2")
+    of_another_type = b"(" + name("torch._utils", "_rebuild_tensor_v2") + size + b"(" + storage() + b"K\x00"
+    of_another_type += sizes(1) + sizes(1) + b"tNt"
+    assert "_rebuild_from_type_v2: a tensor of a type" in refused(rebuild + of_another_type + b"R.")
     for function in (name("_codecs", "encode"), name("torch", "Size"), rebuild, b"N"):
         args = b"(" + function + name("torch", "Tensor") + b"))t"
         assert "_rebuild_from_type_v2: a tensor of a type" in refused(rebuild + args + b"R.")
