@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,6 +125,37 @@ def test_a_failed_write_says_where_and_leaves_nothing(tmp_path, monkeypatch, wri
     assert "rank_00000_" in caught.value.where
     assert sorted(path.name for path in (tmp_path / "tag").iterdir()) == before
     assert read(tmp_path / "tag").state["version"] == 1
+
+
+def test_everything_is_synced_before_the_manifest_is_there(tmp_path, monkeypatch):
+    """What SIGKILL cannot show, since the system keeps what it was given: a power cut takes what was not synced."""
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(descriptor):
+        events.append(("sync", Path(f"/proc/self/fd/{descriptor}").resolve().name))
+        fsync(descriptor)
+
+    def noted_replace(path, target):
+        events.append(("rename", target.name))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    engine = ShardedCheckpoint(ShardedConfig(writers=2, chunk_bytes=100), None)
+    engine.save(tmp_path, "tag", snapshot(1), latest=True)
+    files = sorted(read(tmp_path / "tag").files)
+    assert sorted(events[:2]) == [("sync", name) for name in files]
+    assert events[2:] == [
+        ("sync", "tag"),
+        ("sync", "checkpoint.json.tmp"),
+        ("rename", "checkpoint.json"),
+        ("sync", "tag"),
+        ("sync", tmp_path.name),
+        ("sync", "latest.tmp"),
+        ("rename", "latest"),
+        ("sync", tmp_path.name),
+    ]
 
 
 def test_a_dtype_the_format_does_not_have_is_named(tmp_path):

@@ -28,7 +28,6 @@ from ds_ckpt.sharded import ShardedCheckpoint
 from ds_core.interfaces.logical import Box, Chunk, LogicalTensor, Piece, Snapshot
 
 TIMEOUT_S = 20.0
-OPERATIONS = ("write", "fsync", "rename", "unlink", "mkdir", "create")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -78,7 +77,7 @@ def snapshot(version: int, rank: int, world_size: int) -> Snapshot:
 
 def engine(world_size: int) -> ShardedCheckpoint:
     group = dist.group.WORLD if world_size > 1 else None
-    return ShardedCheckpoint(ShardedConfig(writers=2, chunk_bytes=32), group)
+    return ShardedCheckpoint(ShardedConfig(writers=2, chunk_bytes=64), group)
 
 
 def version_of(folder: Path, tag: str) -> int:
@@ -101,28 +100,34 @@ def die_before(point: int, report: Path) -> None:
     """Kill this process before its ``point``-th operation, in whatever thread, and note which it was."""
     lock, seen = threading.Lock(), 0
 
-    def counted(name, call, counts=lambda *_args: True):
+    def at_a_point(name):
+        nonlocal seen
+        with lock:
+            if seen == point:
+                real_write(real_open(report, os.O_WRONLY | os.O_CREAT), name.encode())
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen += 1
+
+    def counted(name, call, counts=lambda *_args, **_options: True):
         def instead(*args, **kwargs):
-            nonlocal seen
-            with lock:
-                if counts(*args):
-                    if seen == point:
-                        descriptor = real_open(report, os.O_WRONLY | os.O_CREAT)
-                        real_write(descriptor, name.encode())
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    seen += 1
-            return call(*args, **kwargs)
+            is_one = counts(*args, **kwargs)
+            if is_one:
+                at_a_point(name)
+            found = call(*args, **kwargs)
+            if is_one and name == "create":
+                at_a_point("write")  # what comes first, also where it is buffered: the file is there, and empty
+            return found
 
         return instead
 
     real_open, real_write, path_open = os.open, os.write, Path.open
     os.write = counted("write", os.write)
     os.fsync = counted("fsync", os.fsync)
-    os.open = counted("create", os.open, lambda _path, flags, *_rest: bool(flags & os.O_CREAT))
-    Path.open = counted("create", path_open, lambda _path, mode="r", *_rest: "w" in mode)
+    os.open = counted("create", os.open, lambda _path, flags, *_rest, **_options: bool(flags & os.O_CREAT))
+    Path.open = counted("create", path_open, lambda _path, mode="r", *_rest, **_options: "w" in mode)
     Path.replace = counted("rename", Path.replace)
-    Path.unlink = counted("unlink", Path.unlink, lambda path, *_rest: path.exists())
-    Path.mkdir = counted("mkdir", Path.mkdir, lambda path, *_rest: not path.exists())
+    Path.unlink = counted("unlink", Path.unlink, lambda path, *_rest, **_options: path.exists())
+    Path.mkdir = counted("mkdir", Path.mkdir, lambda path, *_rest, **_options: not path.exists())
 
 
 def save(folder: Path, rank: int, world_size: int, store: Path, tag: str, version: int) -> None:
