@@ -124,9 +124,13 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The examples in docstrings and the marked blocks of the READMEs (part of `tests` too)."""
+    """Examples of docstrings and READMEs, and docs/config; `nox -s docs -- --write` writes docs/config anew."""
+    if "--write" in session.posargs:
+        install(session, *editable("ds-core"))
+        session.run("python", "tools/config_reference.py", "--write")
+        return
     install(session, *editable(), *group(ROOT, "test"))
-    session.run(*PYTEST, "tests/test_docs.py", *session.posargs)
+    session.run(*PYTEST, "tests/test_docs.py", "tests/test_config_reference.py", *session.posargs)
 
 
 @nox.session(venv_params=["--system-site-packages"])

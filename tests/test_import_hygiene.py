@@ -104,7 +104,9 @@ def test_the_probe_sees_torch(tmp_path: Path) -> None:
     assert "loads torch" in probe("--without-torch", "culprit", path=tmp_path)["culprit"]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["report", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["report", "--help"], ["config", "check", "--help"]], ids=" ".join
+)
 def test_the_ds_command_shows_help_without_torch(arguments: list[str]) -> None:
     code = (
         "import sys\n"

@@ -65,4 +65,11 @@ def test_the_nearest_word():
     assert nearest("OPTIMISER", allowed) == "optimizer"
     assert nearest("fp_16", allowed) == "FP16"
     assert nearest("banana", allowed) is None
+    assert nearest("zero", allowed) == "zero_optimization"
+    assert nearest("fp61", allowed) == "FP16"
+    assert nearest("_comment", ["comet"]) is None, "many short words are alike"
+    assert nearest("msamp", ["amp"]) is None
+    assert nearest("gpu", ["cpu", "none"]) is None
+    assert nearest("grad_dtype", ["grad_accum_dtype", "param_dtype"]) == "grad_accum_dtype"
+    assert nearest("", ["_x"]) is None
     assert nearest("anything", []) is None

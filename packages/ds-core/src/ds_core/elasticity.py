@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ds_core.config.elastic import (
     ElasticityConfigError,
@@ -24,10 +23,14 @@ from ds_core.config.elastic import (
     check_scheduler,
     elastic_sizes,
 )
+from ds_core.config.number_types import as_whole
 from ds_core.config.problems import Problem, raise_problems, validate
 from ds_core.config.section import show
 from ds_core.config.sections.elasticity import VERSIONS, ElasticitySection
 from ds_core.errors import ConfigError, NotBuiltError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = [
     "ElasticityConfigError",
@@ -44,11 +47,10 @@ OLDEST_TARGET = (0, 3, 8)
 def elasticity_enabled(ds_config: Mapping[str, Any]) -> bool:
     """Return whether the section ``elasticity`` of a configuration is there and on.
 
-    >>> elasticity_enabled({"elasticity": {"enabled": True}}), elasticity_enabled({})
-    (True, False)
+    >>> [elasticity_enabled({"elasticity": {"enabled": word}}) for word in (True, "false")]
+    [True, False]
     """
-    section = ds_config.get("elasticity")
-    return isinstance(section, Mapping) and bool(section.get("enabled", False))
+    return ElasticitySection.is_switched_on(ds_config.get("elasticity"))
 
 
 def ensure_immutable_elastic_config(runtime_elastic_config_dict: Mapping[str, Any]) -> None:
@@ -88,7 +90,9 @@ def compute_elastic_config(
     section = _section_of(ds_config)
     _check_target(target_deepspeed_version)
     needs_gpus = section.version == 0.2 or return_microbatch
-    gpus = _world_size(world_size) or (_world_size_around() if needs_gpus else 0)
+    gpus = _world_size(world_size) or (
+        _world_size(os.environ.get("WORLD_SIZE") or 0, "WORLD_SIZE") if needs_gpus else 0
+    )
     if needs_gpus and not gpus:
         raise ElasticityConfigError(
             "the number of GPUs is not known, and the batch depends on it",
@@ -142,19 +146,11 @@ def _check_target(version: str) -> None:
         )
 
 
-def _world_size(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0 or value != value // 1:
-        raise ElasticityConfigError(f"world_size: got {value!r}, must be a whole number from 0", fix="pass GPUs, or 0")
-    return int(value)
-
-
-def _world_size_around() -> int:
-    text = os.environ.get("WORLD_SIZE", "")
-    if text and not re.fullmatch(r"[0-9]{1,9}", text):
-        raise ElasticityConfigError(
-            f"WORLD_SIZE: got {show(text)}, must be a whole number", fix="correct it, or pass world_size"
-        )
-    return int(text or 0)
+def _world_size(value: Any, name: str = "world_size") -> int:
+    number = as_whole(value)
+    if number is None or number < 0:
+        raise ElasticityConfigError(f"{name}: got {show(value)}, must be a whole number from 0", fix="pass GPUs, or 0")
+    return number
 
 
 def _check_nodes(section: ElasticitySection, gpus: int) -> None:

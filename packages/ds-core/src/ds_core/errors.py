@@ -107,11 +107,35 @@ class LaunchError(DsError, RuntimeError):
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str | None:
-    """Return the allowed word most like ``word``, ignoring case, or None if none is close.
+    """Return the allowed word that ``word`` was most likely meant to be, ignoring case, or None if there is none.
 
     >>> nearest("zero_optimisation", ["optimizer", "zero_optimization"])
     'zero_optimization'
+    >>> nearest("msamp", ["amp"]) is None
+    True
     """
     by_lower = {candidate.lower(): candidate for candidate in allowed}
-    close = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
-    return by_lower[close[0]] if close else None
+    written = word.lower()
+    close = difflib.get_close_matches(written, list(by_lower), n=5, cutoff=0.6)
+    found = [name for name in close if _is_slip(written, name)]
+    if written and not found:
+        found = sorted((name for name in by_lower if name.startswith(f"{written}_")), key=len)
+        endings = [name for name in by_lower if name.endswith(f"_{written}")]
+        found += endings if len(endings) == 1 else []
+    return by_lower[found[0]] if found else None
+
+
+def _is_slip(written: str, meant: str) -> bool:
+    """Return whether ``written`` is how people get ``meant`` wrong; of short words, many are merely alike."""
+    if difflib.SequenceMatcher(None, meant, written).ratio() >= 0.8:
+        return True
+    if len(written) == len(meant):  # one letter, or the order of two
+        differing = sum(left != right for left, right in zip(written, meant, strict=True))
+        return (differing == 1 and len(meant) > 3) or (differing == 2 and sorted(written) == sorted(meant))
+    # Words left out or added: "grad_dtype" for "grad_accum_dtype".
+    words, of_meant = set(written.strip("_").split("_")), set(meant.split("_"))
+    if words <= of_meant or of_meant <= words:
+        return not written.startswith("_")
+    # Words cut short: "grad_clip" for "gradient_clipping".
+    letters = iter(meant)
+    return written[:1] == meant[:1] and all(letter in letters for letter in written)

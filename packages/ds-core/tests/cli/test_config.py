@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from ds_core import registry
 from ds_core.cli.config import app
+from ds_core.errors import ConfigError
 
 GOLDEN = Path(__file__).parents[1] / "config" / "golden"
 CASES = {
@@ -92,12 +93,14 @@ def test_explain_as_json() -> None:
         "origin": "derived: 4 x 2 x 4 ranks",
     }
     assert "aio" in found["off"]
+    assert "zero_optimization.sub_group_size" in found["left_out"]
+    assert "zero_optimization.sub_group_size" not in settings
     assert {"kind": "package", "path": "zero_optimization.stage"}.items() <= found["notes"][-1].items()
 
 
 def test_explain_all_lists_every_section() -> None:
     found = json.loads(ds_config("explain", str(GOLDEN / "transformers.json"), "--all", "--json").stdout)
-    assert found["off"] == []
+    assert (found["off"], found["left_out"]) == ([], [])
     assert "flops_profiler.profile_step" in [setting["path"] for setting in found["settings"]]
 
 
@@ -124,7 +127,7 @@ def test_check_lists_the_problems_of_all_files(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     Path("good.json").write_text('{"train_batch_size": 1}')
     Path("bad.json").write_text('{\n  "fp16": {"enabld": true},\n  "zero_optimisation": {"stage": 2}\n}')
-    result = ds_config("check", "good.json", "bad.json", "none.json")
+    result = ds_config("check", "good.json", "bad.json", "zzz")
     assert result.exit_code == 1
     assert result.stdout.splitlines() == [
         "good.json: ok: ZeRO stage 0, fp32, no optimizer",
@@ -133,8 +136,9 @@ def test_check_lists_the_problems_of_all_files(tmp_path: Path, monkeypatch: pyte
         'bad.json:3:3: zero_optimisation: unknown key (its value is {"stage": 2})',
         '  fix: did you mean "zero_optimization"?',
         "bad.json: 2 problems",
-        "none.json: file not found: none.json",
-        '  fix: did you mean "good.json"?',
+        "zzz: file not found: zzz",
+        f"  where: working directory {tmp_path}",
+        "  fix: check the path",
     ]
 
 
@@ -159,8 +163,62 @@ def test_check_as_json(tmp_path: Path) -> None:
         ],
         "warnings": [],
         "deprecated": [{"path": "bfloat16", "text": 'write "bf16"', "line": 3, "column": 3}],
+        "hints": [],
     }
     assert missing["problems"][0]["text"].startswith("file not found")
+    assert missing.keys() == bad.keys()
+
+
+@pytest.mark.parametrize("command", ["check", "explain"])
+def test_what_is_wrong_with_the_environment_is_no_problem_of_a_file(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_CONFIG_COMPATIBLE", "maybe")
+    result = CliRunner().invoke(app, [command, str(GOLDEN / "auto.json")])
+    assert isinstance(result.exception, ConfigError)
+    assert result.exception.where == "environment variable DS_CONFIG_COMPATIBLE"
+    assert result.stdout == ""
+    assert ds_config(command, str(GOLDEN / "auto.json"), "--strict").exit_code == 0
+
+
+def test_problems_of_keys_that_are_not_there_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text('{\n  "fp16": {"enabld": true}\n}')
+    lines = ds_config("check", "bad.json", "--world", "2").stdout.splitlines()
+    assert lines[0].startswith("bad.json:2:12: fp16.enabld")
+    assert lines[2].startswith("bad.json: train_batch_size")
+
+
+def test_at_most_a_hundred_problems_of_a_file_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text(
+        json.dumps({"zork": {}, "optimizer": {"type": "SGD", **{f"zork{index}": 1 for index in range(120)}}})
+    )
+    for command in ("check", "explain"):
+        result = ds_config(command, "bad.json")
+        lines = result.stdout.splitlines()
+        # Two lines each: what is wrong, and how to fix it.
+        assert len([line for line in lines if "unknown key" in line]) == 100, command
+        assert "bad.json: and 21 more" in lines
+        assert "bad.json: 121 problems" in lines
+    (as_json,) = json.loads(ds_config("check", "bad.json", "--json").stdout)
+    assert len(as_json["problems"]) == 121
+
+
+def test_auto_under_world_has_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    raw = {
+        "train_batch_size": "auto",
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": ["auto", 0.9]}},
+    }
+    Path("auto.json").write_text(json.dumps(raw))
+    hint = '3 values are "auto": leave out --world if the client that calls initialize fills them in'
+    assert ds_config("check", "auto.json", "--world", "2").stdout.splitlines()[-1] == f"  hint: {hint}"
+    assert json.loads(ds_config("check", "auto.json", "--world", "2", "--json").stdout)[0]["hints"] == [hint]
+    assert "hint" not in ds_config("check", "auto.json").stdout
+    Path("auto.json").write_text(json.dumps({"train_batch_size": 2, "fp16": {"zork": "auto"}}))
+    result = ds_config("check", "auto.json", "--world", "2")
+    assert (result.exit_code, "hint" in result.stdout) == (1, False)
 
 
 @pytest.mark.parametrize(("arguments", "variable"), [(["--compatible"], None), ([], "1")])
@@ -172,7 +230,7 @@ def test_compatibility_mode_is_an_option_and_a_variable(
     path = str(GOLDEN / "compatible.json")
     result = ds_config("check", path, *arguments)
     assert result.exit_code == 0
-    assert f'{path}:8:3: ignored, as DeepSpeed does: msamp: unknown key (its value is {{"enabled": false}})' in (
+    assert f'{path}:8:3: ignored in compatibility mode: msamp: unknown key (its value is {{"enabled": false}})' in (
         result.stdout.splitlines()
     )
     assert ds_config("check", path, "--strict").exit_code == 1

@@ -48,7 +48,7 @@ def applied(fix: str, sizes: dict[str, int | None], world: int) -> list[tuple[di
     for part in fix.split(", or "):
         if match := re.fullmatch(rf"set ({'|'.join(KEYS)}) to (\d+)(?: or (\d+))?", part):
             found += [({**sizes, match[1]: int(value)}, world) for value in match.groups()[1:] if value]
-        elif match := re.fullmatch(r"run on (\d+) ranks", part):
+        elif match := re.fullmatch(r"run on (\d+) ranks?", part):
             found.append((sizes, int(match[1])))
         elif match := re.fullmatch(rf"leave out ({'|'.join(KEYS)})", part):
             found.append(({**sizes, match[1]: None}, world))

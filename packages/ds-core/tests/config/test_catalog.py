@@ -15,14 +15,12 @@ from ds_core.config.section import Section
 LATER = sorted(name for name in RARE if rare_section(name).comes_with)
 OFF = [
     ("activation_checkpointing", {"partition_activations": False, "number_checkpoints": None, "profile": False}),
-    (
-        "aio",
-        {"block_size": 1048576, "queue_depth": 8, "thread_count": 1, "single_submit": False, "overlap_events": True},
-    ),
+    ("aio", {"queue_depth": 16, "thread_count": 2, "single_submit": True}),
     ("autotuning", {"enabled": False, "fast": True, "results_dir": "here"}),
     ("comms_logger", {"enabled": False, "prof_all": True}),
     ("compile", {"deepcompile": False}),
     ("compression_training", {"weight_quantization": {"shared_parameters": {"enabled": False, "quantize_groups": 1}}}),
+    ("datastates_ckpt", False),
     ("data_efficiency", {"enabled": False, "seed": 7}),
     ("data_efficiency", {"seed": 1234, "data_routing": {"enabled": False}}),
     ("elasticity", {"enabled": False, "max_train_batch_size": 2000}),
@@ -37,7 +35,7 @@ OFF = [
 ]
 ON = [
     ("amp", {"opt_level": "O1"}),
-    *((name, {"enabled": True}) for name in ("autotuning", "comet", "comms_logger", "eigenvalue")),
+    *((name, {"enabled": True}) for name in ("autotuning", "comet", "comms_logger")),
     (
         "curriculum_learning",
         {"enabled": True, "min_difficulty": 8, "max_difficulty": 64, "schedule_type": "fixed_linear"}
@@ -50,8 +48,6 @@ ON = [
     ("expert_parallel", {"enabled": True, "preset_model": "mixtral"}),
     ("inference", {"tensor_parallel": {"tp_size": 2}}),
     ("weight_quantization", {"num_bits": 4}),
-    ("aio", {"queue_depth": 16}),
-    ("aio", {"single_submit": True}),
     ("amp", {"enabled": True, "opt_level": "O1"}),
     ("compile", {"deepcompile": True}),
     ("compression_training", {"layer_reduction": {"enabled": True}}),

@@ -59,7 +59,6 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
     ],
     "transformers_save_on_each_node.json": [("checkpoint.use_node_local_storage", NOT_BUILT)],
     "transformers_tensor_parallel.json": [("tensor_parallel", LATER + "ds-inference")],
-    "transformers_zero3_nvme_auto.json": [("aio", LATER + "ds-zero")],
 }
 """File -> what both modes refuse: features that are asked for and not built. Building one takes its line away."""
 

@@ -43,8 +43,8 @@ def test_one_warning_per_key(caplog):
     with caplog.at_level("WARNING", logger="ds_core"):
         config = load_config({**BATCH, "zork": 1, "fp16": {"enabeld": True}}, compatible=True)
     assert [record.message for record in caplog.records] == [
-        "ignored, as DeepSpeed does: zork: unknown key (its value is 1)",
-        "ignored, as DeepSpeed does: fp16.enabeld: unknown key (its value is true)",
+        "ignored in compatibility mode: zork: unknown key (its value is 1)",
+        "ignored in compatibility mode: fp16.enabeld: unknown key (its value is true)",
     ]
     assert config.ignored == ("zork", "fp16.enabeld")
 
@@ -70,6 +70,22 @@ def test_the_environment_chooses(monkeypatch, value, is_compatible):
     monkeypatch.setenv("DS_CONFIG_COMPATIBLE", value)
     assert bool(examine({"zork": 1}).warnings) is is_compatible
     assert not examine({"zork": 1}, compatible=False).warnings, "the argument wins"
+
+
+def test_arguments_of_a_constructor_are_not_ignored_by_it():
+    for section, type_name in (("optimizer", "AdamW"), ("scheduler", "WarmupLR")):
+        with pytest.raises(ConfigError, match="zork") as caught:
+            load_config({**BATCH, section: {"type": type_name, "params": {"zork": 1}}}, compatible=True)
+        assert "DS_CONFIG_COMPATIBLE" not in caught.value.fix
+    assert warned({"optimizer": {"type": "Muon", "params": {"zork": 1}}}) == ["optimizer.params.zork"]
+
+
+def test_the_old_name_of_a_section_yields_to_the_new_one():
+    examined = examine({**BATCH, "bfloat16": {"enabled": False}, "bf16": {"enabled": True}}, compatible=True)
+    assert [str(problem) for problem in examined.warnings] == ['bfloat16: its replacement, "bf16", is given too']
+    assert (examined.problems, examined.config.bf16.enabled, examined.config.ignored) == ((), True, ("bfloat16",))
+    with pytest.raises(ConfigError, match="is given too"):
+        load_config({**BATCH, "zero_optimization": {"cpu_offload": True, "offload_optimizer": {}}}, compatible=True)
 
 
 def test_a_bad_value_in_the_environment(monkeypatch):

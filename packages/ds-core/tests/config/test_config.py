@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from ds_core.config import Config, ConfigError, PositiveInt, Section, load_config
+from ds_core.config import Config, ConfigError, PositiveInt, Section, find_problems, load_config
+from ds_core.config.catalog import all_sections
 
 BATCH = {"train_batch_size": 1}
 
@@ -40,6 +41,34 @@ def test_every_key_may_be_given_at_its_default() -> None:
     # Whoever writes down all the defaults must not be told that some of them are not built.
     written = load().model_dump(by_alias=True, mode="json")
     assert load_config(written).model_dump() == load().model_dump()
+
+
+def null_everywhere(section: Section) -> dict[str, Any]:
+    """Return a configuration that gives null for each key that is no section, unless null is a value of its own."""
+    found = {}
+    for name, info in type(section).model_fields.items():
+        value, key = getattr(section, name), info.serialization_alias or name
+        if isinstance(value, Section):
+            found[key] = null_everywhere(value)
+        elif value is None or section.is_left_out(key, None):
+            found[key] = None
+    return found
+
+
+def test_null_is_the_default_of_every_key() -> None:
+    sections = {name: load().section(name) for name in all_sections()}
+    given = {name: null_everywhere(section) for name, section in sections.items() if section is not None}
+    del given["datastates_ckpt"]  # on by being there
+    config = load(**null_everywhere(load()) | BATCH | given)
+    for name in given:
+        assert config.section(name) == load().section(name), name
+    assert load(**dict.fromkeys(given)).model_dump() == load().model_dump()
+
+
+@pytest.mark.parametrize(("size", "is_built"), [(None, True), (1, True), ("1", True), ("auto", True), (2, False)])
+@pytest.mark.parametrize("key", ["data_parallel_size", "sequence_parallel_size"])
+def test_ranks_of_a_mesh(key: str, size: Any, is_built: bool) -> None:
+    assert (find_problems({key: size}) == []) is is_built
 
 
 @pytest.mark.parametrize("never", [float("inf"), "inf", None])

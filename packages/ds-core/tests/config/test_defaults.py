@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ds_core.config import examine
 from ds_core.config.catalog import all_sections
 from ds_core.config.config import BatchKeys, Config
-from ds_core.config.problems import sections_of
+from ds_core.config.paths import sections_of
 from ds_core.config.schema import names_of
 from ds_core.config.section import Section
 from ds_core.config.sections.arguments import ARGUMENTS
@@ -28,8 +28,9 @@ def current() -> dict[str, Any]:
     for name, section in all_sections().items():
         if name not in sections_of(Config):
             found |= _keys(section, f"{name}.")
-    for (section_name, type_name), section in ARGUMENTS.items():
-        found |= _keys(section, f"{section_name}.params({type_name}).")
+    for section_name, models in ARGUMENTS.items():
+        for type_name, section in models.items():
+            found |= _keys(section, f"{section_name}.params({type_name.lower()}).")
     plain: dict[str, Any] = json.loads(json.dumps(found))  # tuples are lists
     return plain
 

@@ -2,8 +2,12 @@
 
 import pytest
 
-from ds_core.config import load_config
-from ds_core.config.effects import without_effect
+from ds_core.config import CheckpointSection, Config, Fp16Section, OffloadParamSection, ZeroSection, load_config
+from ds_core.config.effects import given_paths, state_of, without_effect
+from ds_core.config.sections.compression import SparseAttentionSection
+from ds_core.config.sections.inference import InferenceSection
+from ds_core.config.sections.optimizer_arguments import AdamArguments
+from ds_core.config.sections.profiling import FlopsProfilerSection, ThroughputTimerSection
 
 BATCH = {"train_batch_size": 4}
 OPTIMIZER = {"type": "AdamW", "params": {"lr": 0.1}}
@@ -45,8 +49,53 @@ OPTIMIZER = {"type": "AdamW", "params": {"lr": 0.1}}
             },
             {},
         ),
-        ({"checkpoint": {"sharded": {"writers": 4}}}, {"checkpoint.sharded": '"sharded" was not chosen'}),
+        (
+            {"checkpoint": {"sharded": {"writers": 4}}},
+            {"checkpoint.sharded": '"sharded" was not chosen; its keys are unchecked'},
+        ),
         ({"checkpoint": {"engine": "sharded", "sharded": {"writers": 4}}}, {}),
+        ({"partition": {"replicated": {"bucket_bytes": 4}}}, {}),
+        (
+            {"partition": {"replicated": {"bucket_bytes": 4}}, "zero_optimization": {"stage": 2}},
+            {"partition.replicated": '"replicated" was not chosen; its keys are unchecked'},
+        ),
+        ({"precision": {"fp16": {}}, "fp16": {"enabled": True}}, {}),
+        (
+            {"precision": {"fp16": {}}},
+            {"precision.fp16": '"fp16" was not chosen; its keys are unchecked'},
+        ),
+        (
+            {"optimizer": {"type": "ADAM", "params": {"lr": 0.1, "torch_adam": True, "adam_w_mode": False}}},
+            {"optimizer.params.torch_adam": "Adam and AdamW are torch's in any case"},
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"adam_w_mode": False}}},
+            {"optimizer.params.adam_w_mode": '"AdamW" stays AdamW, as in DeepSpeed'},
+        ),
+        ({"optimizer": {"type": "SGD", "params": {"torch_adam": True}}}, {}),
+        (
+            {"timers": {"throughput": {"enabled": False}}},
+            {"timers.throughput.enabled": "what reads it comes with a later release of ds-core"},
+        ),
+        ({"weight_quantization": {"enabled": False, "q_groups": 4}}, {"weight_quantization.q_groups": "not enabled"}),
+        (
+            {"weight_quantization": {"enabled": True, "q_groups": 1}},
+            {"weight_quantization.q_groups": "what reads it comes with a later release of ds-inference"},
+        ),
+        (
+            {"aio": {"queue_depth": 16, "single_submit": True}},
+            {
+                "aio.queue_depth": "nothing is offloaded to files",
+                "aio.single_submit": "nothing is offloaded to files",
+            },
+        ),
+        (
+            {
+                "aio": {"thread_count": 2},
+                "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/fast"}},
+            },
+            {},
+        ),
         (
             {"flops_profiler": {"enabled": False, "profile_step": 5}},
             {"flops_profiler.profile_step": "not enabled"},
@@ -69,4 +118,48 @@ def test_activation_checkpointing_says_who_reads_it():
 
 def test_what_compatibility_mode_dropped():
     found = without_effect(load_config({**BATCH, "zork": 1}, compatible=True))
-    assert found == {"zork": "ignored in compatibility mode, as DeepSpeed does"}
+    assert found == {"zork": "ignored in compatibility mode"}
+
+
+def test_given_paths_are_in_deepspeeds_words():
+    config = load_config(
+        {
+            **BATCH,
+            "optimizer": OPTIMIZER,
+            "zero_optimization": {"reduce_bucket_numel": 5, "leaf_module": {"names": "x"}},
+            "timers": {"throughput": {"enabled": True}},
+        }
+    )
+    assert given_paths(config) == [
+        *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+        *("optimizer.type", "optimizer.params"),
+        *("zero_optimization.reduce_bucket_size", "zero_optimization.leaf_module.names"),
+        "timers.throughput.enabled",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "state"),
+    [
+        (Config, "steps_per_print", "effective"),
+        (Config, "dump_state", "not built: only `false`"),
+        (Config, "sequence_parallel_size", "not built: only `null` or `1`"),
+        (Config, "disable_allgather", "no effect: DeepSpeed's engine reads it nowhere either"),
+        (CheckpointSection, "tag_validation", "effective"),
+        (ZeroSection, "reduce_scatter", "needs ds-zero"),
+        (OffloadParamSection, "device", "needs ds-zero"),
+        (ZeroSection, "legacy_stage1", "not built: only `false`"),
+        (Fp16Section, "loss_scale", "needs ds-fp16"),
+        (Fp16Section, "hysteresis", "needs ds-fp16; no effect where loss_scale is constant"),
+        (FlopsProfilerSection, "enabled", "not built"),
+        (ThroughputTimerSection, "enabled", "not built"),
+        (InferenceSection, "mp_size", "deprecated"),
+        (AdamArguments, "lr", "effective"),
+    ],
+)
+def test_state_of(section, field, state):
+    assert state_of(section, field) == state
+
+
+def test_state_of_a_section_without_effect():
+    assert state_of(SparseAttentionSection, "block").startswith("no effect: it is only kept for the model")

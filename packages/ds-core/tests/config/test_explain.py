@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 
 from ds_core import registry
-from ds_core.config import catalog
+from ds_core.cli.explanation import as_json, lines
+from ds_core.config import Config, catalog
 from ds_core.config.explain import Explanation, explain
 from ds_core.config.loading import Examined, examine, find_problems
 from ds_core.config.origins import Setting
+from ds_core.config.paths import nested
+from ds_core.config.section import Secret
+from ds_core.config.showing import is_secret
 
 CLIENTS = sorted(Path(__file__).with_name("clients").glob("*.json"))
 MINE = {
@@ -142,7 +146,8 @@ def is_alias(key: str, setting: Setting) -> bool:
 def test_values_are_those_of_the_configuration(file: Path, world: int | None) -> None:
     examined = examine(file, dp_world_size=world, compatible=True)
     explanation = explain(examined, all_keys=world is None)
-    as_written = {group.name for group in explanation.groups if "as written" in group.state}
+    # What has a problem is left out of the configuration.
+    as_written = {group.name for group in explanation.groups if "problem" in group.state}
     has_sizes = world is not None and not any(problem.path in BATCH for problem in examined.problems)
     for setting in explanation.settings:
         if setting.kind == "open" or setting.keys[0] in as_written or (setting.path in BATCH and not has_sizes):
@@ -248,12 +253,12 @@ def test_deprecated_keys_say_how_they_were_written(tmp_path: Path) -> None:
 
 def test_base64_has_no_lines() -> None:
     text = base64.urlsafe_b64encode(json.dumps({"train_batch_size": 8, "bf16": {"enabled": True}}).encode()).decode()
-    assert of(text)["bf16.enabled"] == Setting(("bf16", "enabled"), True, "caller", "base64 text")
+    assert of(text)["bf16.enabled"] == Setting(("bf16", "enabled"), True, "caller", "base64 text", is_given=True)
 
 
 def test_arguments_left_out_are_shown_where_the_type_is_known() -> None:
     found = of({"optimizer": {"type": "AdamW", "params": {"lr": 1, "weight_decay": "auto"}}})
-    assert found["optimizer.params.lr"] == Setting(("optimizer", "params", "lr"), 1, "caller", "caller")
+    assert found["optimizer.params.lr"] == Setting(("optimizer", "params", "lr"), 1, "caller", "caller", is_given=True)
     assert found["optimizer.params.betas"] == Setting(
         ("optimizer", "params", "betas"), (0.9, 0.999), "default", "default"
     )
@@ -275,8 +280,62 @@ def test_a_broken_section_is_shown_as_written_and_the_others_in_full() -> None:
     assert found["zero_optimization.leaf_module.classes"].value == "A"
     assert found["zero_optimization.overlapp_comm"].origin == "caller, has a problem"
     assert "zero_optimization.reduce_scatter" not in found
-    assert found["gradient_clipping"] == Setting(("gradient_clipping",), "strong", "open", "caller, has a problem")
+    clipping = Setting(("gradient_clipping",), "strong", "open", "caller, has a problem", is_given=True)
+    assert found["gradient_clipping"] == clipping
     assert len(explanation.problems) == len(examine(MINE["broken"]).problems) > 5
+
+
+def test_what_is_misspelt_is_not_shown_under_another_name() -> None:
+    raw = {"zero_optimisation": {"stage": 2}, "train_batchsize": 8, "gradient_cliping": 3.5, "stage": 1}
+    examined = examine(raw, dp_world_size=2)
+    assert examined.problems[0].meant == ("zero_optimization",)
+    explanation = explain(examined)
+    assert {"zero_optimization", "fp16"} <= {*explanation.off}
+    found = {setting.path: setting for setting in explanation.settings}
+    assert found["gradient_clipping"] == Setting(("gradient_clipping",), 1.0, "default", "default")
+    assert [found[key].value for key in BATCH] == [None, None, None]
+
+
+def test_a_section_that_is_refused_is_shown_as_it_was_written() -> None:
+    explanation = explain(examine({"wandb": {"enabled": True, "project": "mine"}}))
+    (group,) = (group for group in explanation.groups if group.name == "wandb")
+    assert (group.state, {setting.path: setting.value for setting in group.settings}) == (
+        "has a problem",
+        {"wandb.enabled": True, "wandb.project": "mine"},
+    )
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"comet": {"api_key": "k33p"}},
+        {"comet": {"enabled": True, "api_key": "k33p", "project": 3}},
+        {"comet": {"api_keyy": "k33p"}},
+        {"checkpoint": {"cloud": {"access_token": "k33p", "more": [{"password": "k33p"}]}}},
+        {"optimizer": {"type": "Mine", "params": {"api_key": "k33p"}}},
+    ],
+)
+def test_secrets_are_not_shown(raw: dict[str, Any]) -> None:
+    explanation = explain(examine(raw), all_keys=True)
+    printed = "\n".join(line for line, _ in lines(explanation, 80))
+    assert "k33p" not in printed + json.dumps(as_json(explanation))
+    assert '"..."' in printed
+    assert any(setting.value == "..." for setting in explanation.settings)
+
+
+def test_what_a_terminal_would_obey_is_not_printed() -> None:
+    explanation = explain(examine({"checkpoint": {"cloud": {"a\x1b[2Jb": "c\x9b\x7fd"}}}))
+    printed = "".join(line for line, _ in lines(explanation, 80))
+    assert printed.isprintable()
+    assert "\\u001b[2Jb" in printed
+
+
+def test_no_declared_key_sounds_like_a_secret_without_being_one() -> None:
+    nested_sections = [found for name, model in catalog.all_sections().items() for _, found in nested(model, name)]
+    for model in (Config, *nested_sections):
+        for key, field in model.fields_by_key().items():
+            is_marked = any(isinstance(marker, Secret) for marker in model.model_fields[field].metadata)
+            assert is_secret(key) <= is_marked, (model, key)
 
 
 def test_sections_that_are_off_are_named_and_not_listed() -> None:
@@ -306,6 +365,47 @@ def test_all_keys_lists_everything() -> None:
     assert explanation.off == ()
     found = {setting.path for setting in explanation.settings}
     assert {"fp16.hysteresis", "flops_profiler.profile_step", "zero_optimization.leaf_module.names"} <= found
+
+
+LEFT_OUT = [
+    ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage3_max_live_parameters", True),
+    ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage3_max_live_parameters", False),
+    (
+        {"zero_optimization": {"stage": 2, "stage3_max_live_parameters": "auto"}},
+        "zero_optimization.stage3_max_live_parameters",
+        False,
+    ),
+    ({"zero_optimization": {"stage": 2}}, "zero_optimization.leaf_module.names", True),
+    ({"zero_optimization": {"stage": 3}}, "zero_optimization.leaf_module.names", False),
+    ({"zero_optimization": {"stage": 3}}, "zero_optimization.round_robin_gradients", True),
+    ({}, "dump_state", True),
+    ({"dump_state": False}, "dump_state", False),
+    ({"dump_state": None}, "dump_state", False),
+    ({}, "zero_force_ds_cpu_optimizer", True),
+    (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+        "zero_force_ds_cpu_optimizer",
+        False,
+    ),
+    ({"optimizer": {"type": "Adam"}}, "optimizer.params.fp32_optimizer_states", True),
+    ({"optimizer": {"type": "Adam"}}, "optimizer.params.eps", False),
+]
+
+
+@pytest.mark.parametrize(("raw", "path", "is_left_out"), LEFT_OUT)
+def test_defaults_that_change_nothing_are_left_out_unless_asked_for(
+    raw: dict[str, Any], path: str, is_left_out: bool
+) -> None:
+    explanation = explain(examine(raw))
+    shown, left_out = ([setting.path for setting in part] for part in (explanation.settings, explanation.left_out))
+    assert (path in shown, path in left_out) == (not is_left_out, is_left_out)
+    everything = explain(examine(raw), all_keys=True)
+    assert list(everything.left_out) == []
+    assert {*shown, *left_out} <= {setting.path for setting in everything.settings}
+
+
+def test_whatever_was_written_is_shown(file: Path) -> None:
+    assert [setting for setting in explain(examine(file, compatible=True)).left_out if setting.is_given] == []
 
 
 def test_a_precision_may_be_on_by_its_type() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import pathlib
 import pickle
 import sys
 from types import SimpleNamespace
@@ -122,6 +123,15 @@ def test_print_logs_every_attribute_and_the_json(caplog: pytest.LogCaptureFixtur
     assert json.loads(raw) == {**GIVEN, "scheduler": {"type": "LambdaLR", "params": {"lr_lambda": str(group)}}}
 
 
+def test_print_shows_no_secrets(caplog: pytest.LogCaptureFixture) -> None:
+    config = DeepSpeedConfig({**GIVEN, "comet": {"api_key": "1f2e3d", "project": "mine"}})
+    with caplog.at_level(logging.INFO, "ds_core"):
+        config.print("my config")
+    assert "1f2e3d" not in caplog.text
+    assert "mine" in caplog.text
+    assert config.config.raw["comet"]["api_key"] == "1f2e3d"
+
+
 def test_ranks_of_torch_distributed(ranks: Any) -> None:
     ranks(2, rank=1)
     config = DeepSpeedConfig(GIVEN)
@@ -162,6 +172,21 @@ def test_data_parallel_ranks(given: dict[str, Any], world_size: int, ranks: Any,
     for source in (raw, path):
         found = data_parallel_world_size(source, **objects)
         assert (found, type(found)) == (world_size, int)
+
+
+def test_the_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"train_batch_size": 6}')
+    opened, reads = pathlib.Path.open, []
+
+    def noted(path: Path, mode: str) -> Any:
+        reads.append(path)
+        return opened(path, mode)
+
+    monkeypatch.setattr(pathlib.Path, "open", noted)
+    config = DeepSpeedConfig(path)
+    assert config.train_batch_size == 6
+    assert reads == [path]
 
 
 DIVISOR = "use a divisor of 6, or start another number of ranks"

@@ -16,36 +16,52 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ds_core.config.reading import Document, read
+from ds_core.config.loading import examine
+from ds_core.config.problems import raise_problems
+from ds_core.config.reading import read
 from ds_core.errors import ConfigError
 
 MEGABYTE = 2**20
 
-# In a process of its own: what this one has allocated before does not count there. The limit is on what reading adds.
-READ = """
-import resource, sys
-from ds_core.config.reading import read
+LONGEST = 2**19
+"""Characters of an error: 100 problems, each with a key of at most 1,000 characters, which its fix may write nested."""
+
+# In a process of its own: what this one has allocated before does not count there. The limit is on what is added.
+EXAMINE = """
+import json, resource, sys
+from ds_core.config.loading import examine
+from ds_core.config.problems import raise_problems
 from ds_core.errors import ConfigError
 import hjson, encodings.idna  # loaded before the limit, which is for data
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+kind, source, compatible = sys.argv[1:]
+given = {"path": lambda: source, "text": sys.stdin.read, "mapping": lambda: json.load(sys.stdin)}[kind]()
 resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20,) * 2)
-source = sys.stdin.read() if sys.argv[1] == "-" else sys.argv[1]
 try:
-    document = read(source)
-    for key in list(document.raw)[:10]:
-        assert document.position((key,)) is not None
-    print("read", len(document.raw))
+    examined = examine(given, compatible=compatible == "compatible")
+    raise_problems(examined.problems, where=examined.document.where)
+    print("no problems,", len(examined.warnings), "warnings")
 except ConfigError as error:
-    assert len(str(error)) < 2000, len(str(error))
+    said = str(error)
+    assert len(said) < int(LONGEST), len(said)
+    assert said.startswith(error.what)
     print(error.what.splitlines()[0])
-"""
+""".replace("LONGEST", str(LONGEST))
 
 
-def read_in_process(source: str, *, text: str | None = None) -> str:
-    """Return the first line of what reading said, in a process with a limit on memory and one on time."""
+def examined_in_process(source: str = "", *, kind: str = "path", text: str | None = None, mode: str = "strict") -> str:
+    """Return the first line of what is said, in a process with a limit on memory and one on time.
+
+    Args:
+        source: a path.
+        kind: ``path``; ``text``, which is what ``text`` is; or ``mapping``, which ``text`` is as JSON.
+        text: what the process has on stdin.
+        mode: ``strict`` or ``compatible``.
+    """
     result = subprocess.run(
-        [sys.executable, "-c", READ, source], input=text, capture_output=True, text=True, timeout=30, check=False
-    )
+        [sys.executable, "-c", EXAMINE, kind, source, mode],
+        input=text, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout.strip()
 
@@ -60,6 +76,7 @@ NEVER_CLOSED = "this is neither JSON nor HJSON: this bracket is never closed (li
 TOO_DEEP = "objects are nested more than 64 deep (line 1, column "
 TOO_MANY = "the configuration has more than 100000 values"
 TOO_LONG = "a line of "
+UNKNOWN = "a: unknown key (its value is "
 
 FILES = {
     # name: (text, beginning of what is said)
@@ -75,39 +92,50 @@ FILES = {
     "deep behind what ends a JSON scan": ("{a: NaN, {\nb: " + "[" * 10_000, "objects are nested more than 64 deep"),
     "long key": ('{"' + "k" * 10**6 + '": 1}', 'a key has 1000000 characters, it may have 1000; it begins with "kkk'),
     "long bare key": ("k" * 10**6 + ": 1", "a key has 1000000 characters"),
-    "99,999 keys": ("{" + ",".join(f'"{i}":1' for i in range(99_999)) + "}", "read 99999"),
+    "99,999 keys": ("{" + ",".join(f'"{i}":1' for i in range(99_999)) + "}", "99999 problems in the configuration"),
     "100,001 keys": ("{" + ",".join(f'"{i}":1' for i in range(100_001)) + "}", TOO_MANY),
-    "one key 100,000 times": ("{" + ",".join(['"a":1'] * 100_000) + "}", "read 1"),
+    "one key 100,000 times": ("{" + ",".join(['"a":1'] * 100_000) + "}", "2 problems in the configuration"),
+    "40,000 keys twice": (
+        "{" + ",".join(f'"{i}":1,"{i}":2' for i in range(40_000)) + "}",
+        "80000 problems in the configuration",
+    ),
+    "20,000 misspelt keys of a section": (
+        '{"zero_optimization": {' + ",\n".join(f'"stage_{i}": 1' for i in range(20_000)) + "}}",
+        "20000 problems in the configuration",
+    ),
     "many lists": (fill('{"a": [', "[],", "[]]}"), TOO_MANY),
-    "many keys in HJSON": ("\n".join(f"{i}: 1" for i in range(90_000)), "read 90000"),
+    "many keys in HJSON": ("\n".join(f"{i}: 1" for i in range(90_000)), "90000 problems in the configuration"),
     "digits": ('{"a": ' + "1" * 100_000 + "}", "a number has 100000 digits (line 1, column 7)"),
     "digits in HJSON": ("a: " + "1" * 100_000, "a number has 100000 digits (line 1, column 4)"),
     "digits behind the point": ('{"a": 0.' + "1" * 100_000 + "}", "a number has 100002 characters (line 1, column 7)"),
     "large exponent": ('{"a": 1e999999}', "1e999999 is larger than the largest number, 1.8e308 (line 1, column 7)"),
     "large exponent in HJSON": ("a: 1e999999", "1e999999 is larger than the largest number"),
     "null bytes": ("\0" * 1000, "this is not text: it has a null byte (line 1, column 1)"),
-    "escapes": (fill('{"a": "', "\\u0041", '"}'), "read 1"),
-    "quotes": (fill('{"a": "', "'", '"}'), "read 1"),
+    "escapes": (fill('{"a": "', "\\u0041", '"}'), UNKNOWN),
+    "quotes": (fill('{"a": "', "'", '"}'), UNKNOWN),
     "unterminated string": (
         fill('{"a": "', "x", ""),
         "this is neither JSON nor HJSON: unterminated string (line 1, column 7)",
     ),
     "unterminated in single quotes": (fill("{a: '", '"', ""), "this is neither JSON nor HJSON: unterminated string"),
     "unterminated strings": (fill("{a: ", "'\n", ""), "this is neither JSON nor HJSON: invalid control character"),
-    "comments": (fill("", "#\n", "a: 1"), "read 1"),
+    "comments": (fill("", "#\n", "a: 1"), UNKNOWN),
     "comments in one line": (fill("", "/**/", "a: 1"), TOO_LONG),
     "comment never closed": (fill("a: 1\n/*", "x", ""), "this is neither JSON nor HJSON: this comment is never closed"),
     "comments never closed": (fill("", "/* \n", ""), "this is neither JSON nor HJSON: this comment is never closed"),
-    "spaces": (fill("", " ", "a: 1"), "read 1"),
-    "spaces in a key": (fill("a", " ", ": 1"), "read 1"),
-    "strings without quotes": ("".join(f"k{i}: hello, world\n" for i in range(40_000)), "read 40000"),
-    "long string without quotes": (fill("a: ", "x", ""), "read 1"),
+    "spaces": (fill("", " ", "a: 1"), UNKNOWN),
+    "spaces in a key": (fill("a", " ", ": 1"), UNKNOWN),
+    "strings without quotes": (
+        "".join(f"k{i}: hello, world\n" for i in range(40_000)),
+        "40000 problems in the configuration",
+    ),
+    "long string without quotes": (fill("a: ", "x", ""), UNKNOWN),
     "number, or a string": (fill("# c\na: " + "1" * 500_000 + "x", ",", ""), TOO_LONG),
     "null, or a string": (fill("# c\na: n", "#", ""), TOO_LONG),
     "root that is a number, or a string": (fill("1" * 500_000 + "x", ",", ""), "a number has 500000 digits"),
     "strings of many lines in one": (fill("# c\na: [", "''''''", "]"), TOO_LONG),
     "strings of many lines": (fill("a: [\n", "''''''\n", "]"), TOO_MANY),
-    "lines of one string": (fill(" " * 500_000 + "a: '''", "\n ", "'''"), "read 1"),
+    "lines of one string": (fill(" " * 500_000 + "a: '''", "\n ", "'''"), UNKNOWN),
     "brackets that do not match": (fill('{"a": ', "{}", "}"), "this is neither JSON nor HJSON: "),
     "colons": (fill("", ":", ""), "this is neither JSON nor HJSON: "),
     "commas": (fill("", ",", ""), "this is neither JSON nor HJSON: "),
@@ -122,7 +150,46 @@ def test_files(tmp_path: Path, name: str) -> None:
     text, said = FILES[name]
     path = tmp_path / "ds.json"
     path.write_text(text, encoding="utf-8")
-    assert read_in_process(str(path)).startswith(said)
+    assert examined_in_process(str(path)).startswith(said)
+
+
+def many(count: int, key: str = "key_{}", value: Any = 1) -> dict[str, Any]:
+    return {key.format(number): value for number in range(count)}
+
+
+MAPPINGS: dict[str, tuple[dict[str, Any], int | str, int]] = {
+    # name: (mapping, problems, those that compatibility mode ignores)
+    "unknown keys": (many(60_000), 60_000, 60_000),
+    "misspelt keys": (many(60_000, "train_batch_size{}"), 60_000, 60_000),
+    "misspelt keys of a section": ({"zero_optimization": many(20_000, "stage_{}")}, 20_000, 20_000),
+    "unknown keys of a rare section": ({"flops_profiler": many(60_000)}, 60_000, 60_000),
+    "sections at the top": (many(20_000, value={"enabled": True, "stage": 3}), 20_000, 20_000),
+    "keys with dots": (many(20_000, "zero_optimization.stage{}"), 20_000, 20_000),
+    "keys with many dots": (many(90, "zero_optimization" + ".a" * 480 + "{}"), 90, 90),
+    "long keys": (many(900, "k" * 990 + "{}"), 900, 900),
+    "long values": (many(20, value="x" * 50_000), 20, 20),
+    "wide values": (many(20, value=[1] * 4_000), 20, 20),
+    "arguments of an optimizer": ({"optimizer": {"type": "Adam", "params": many(50_000)}}, 50_000, 0),
+    "values that are no sections": (many(5_000, "flops_profiler{}", None), 5_000, 5_000),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_mappings_with_many_problems(name: str) -> None:
+    mapping, problems, _ = MAPPINGS[name]
+    said = examined_in_process(kind="mapping", text=json.dumps(mapping))
+    assert said == f"{problems} problems in the configuration"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_mappings_with_many_problems_in_compatibility_mode(name: str) -> None:
+    mapping, problems, ignored = MAPPINGS[name]
+    said = examined_in_process(kind="mapping", text=json.dumps(mapping), mode="compatible")
+    assert said == (
+        f"no problems, {ignored} warnings" if ignored == problems else f"{problems} problems in the configuration"
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
@@ -136,7 +203,8 @@ def test_files(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_base64(text: str, said: str) -> None:
-    assert read_in_process("-", text=base64.urlsafe_b64encode(text.encode()).decode()).startswith(said)
+    encoded = base64.urlsafe_b64encode(text.encode()).decode()
+    assert examined_in_process(kind="text", text=encoded).startswith(said)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the paths are Linux's")
@@ -145,13 +213,16 @@ def test_what_is_no_file(tmp_path: Path, path: str) -> None:
     if path == "fifo":
         path = str(tmp_path / "fifo")
         os.mkfifo(path)
-    assert read_in_process(path, text='{"a": 1}') == "this is a pipe, a socket or a device, not a file"
+    assert examined_in_process(path, text='{"a": 1}') == "this is a pipe, a socket or a device, not a file"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the path is Linux's")
 def test_file_that_is_larger_than_it_says() -> None:
     assert Path("/proc/kallsyms").stat().st_size == 0
-    assert read_in_process("/proc/kallsyms") == "the file has more than 1048576 bytes, a configuration may have 1048576"
+    assert (
+        examined_in_process("/proc/kallsyms")
+        == "the file has more than 1048576 bytes, a configuration may have 1048576"
+    )
 
 
 def error_of(source: Any) -> str:
@@ -292,18 +363,19 @@ FUZZ = settings(
 
 
 def check(source: Any) -> None:
-    """Read ``source``: it is a document whose keys all may be asked for, or it is refused."""
+    """Examine ``source``: it is a document whose keys all may be asked for, or it is refused; each error prints."""
     try:
-        document = read(source)
-    except ConfigError as error:
-        said = str(error)
-    else:
-        assert isinstance(document, Document)
+        examined = examine(source)
+        document = examined.document
         assert type(document.raw) is dict
         for key in document.raw:
             assert (document.position((key,)) is None) == (document.text is None)
+        raise_problems(examined.problems, where=document.where)
+    except ConfigError as error:
+        said = str(error)
+    else:
         return
-    assert 0 < len(said) < 2000
+    assert 0 < len(said) < LONGEST
 
 
 @FUZZ

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ds_core.config import ConfigError, load_inference_config
+from ds_core.config.reading import read
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -115,14 +116,32 @@ def test_unreadable_sources(tmp_path: Path) -> None:
         load_inference_config(3)  # type: ignore[arg-type]
 
 
+def test_problems_of_deprecated_keys_are_told_as_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "inference.json"
+    path.write_text('{\n"mp_size": 0}')
+    with pytest.raises(ConfigError) as caught:
+        load_inference_config(path)
+    assert caught.value.what == "mp_size: got 0, must be at least 1 (it is read as tensor_parallel.tp_size)"
+    assert caught.value.where == f"{path}, line 2, column 1"
+
+
+def test_a_document_that_was_read_before(tmp_path: Path) -> None:
+    path = tmp_path / "inference.json"
+    path.write_text(json.dumps(GIVEN))
+    document = read(path)
+    path.unlink()
+    assert load_inference_config(document) == load_inference_config(document) == load_inference_config(GIVEN)
+    assert document.raw == GIVEN
+
+
 def test_the_old_calling_style(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "ds_core"):
         section = load_inference_config(mp_size=2, ep_size=4, replace_method="auto", replace_with_kernel_inject=True)
     assert (section.tensor_parallel.tp_size, section.moe.ep_size, section.replace_with_kernel_inject) == (2, 4, True)
     assert caplog.messages == [
+        "replace_method is deprecated: remove it",
         'mp_size is deprecated: write "tensor_parallel": {"tp_size": ...}',
         'ep_size is deprecated: write "moe": {"ep_size": ...}',
-        "replace_method is deprecated and has no effect: remove it",
     ]
     with pytest.raises(ConfigError, match="mp_size"):
         load_inference_config({"tensor_parallel": {"tp_size": 4}}, mp_size=2)

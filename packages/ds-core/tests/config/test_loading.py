@@ -58,17 +58,41 @@ def test_a_plugin_whose_class_is_no_section() -> None:
 def test_rules_across_sections_run_beside_other_problems() -> None:
     both = {"fp16": {"enabled": True}, "bf16": {"enabled": True}}
     paths = [problem.path for problem in find_problems(both | {"checkpoint": {"tag_validation": 3}, "zork": 1})]
-    assert paths == ["zork", "checkpoint.tag_validation", "fp16.enabled"]
+    assert paths == ["fp16.enabled", "checkpoint.tag_validation", "zork"]
 
 
-def test_a_rule_is_silent_about_a_section_that_is_wrong_itself() -> None:
-    both = {"fp16": {"enabled": True, "loss_scale": -1}, "bf16": {"enabled": True}}
-    assert [problem.path for problem in find_problems(both)] == ["fp16.loss_scale"]
+def test_a_misspelt_section_is_looked_into_under_its_right_name() -> None:
+    config = {
+        "zero_optimisation": {"stage": 7, "offload_optimiser": {"device": "gpu", "pinmemory": True}},
+        "optimizer": {"type": "Adam", "learning_rat": 1, "params": {"bettas": [0, 1], "max_grad_norm": 1}},
+    }
+    assert [problem.path for problem in find_problems(config)] == [
+        "zero_optimisation",
+        "zero_optimisation.stage",
+        "zero_optimisation.offload_optimiser",
+        "zero_optimisation.offload_optimiser.device",
+        "zero_optimisation.offload_optimiser.pinmemory",
+        "optimizer.learning_rat",
+        "optimizer.params.bettas",
+        "optimizer.params.max_grad_norm",
+    ]
+
+
+def test_a_key_in_the_wrong_place_is_read_where_it_belongs() -> None:
+    config = {"stage": 2, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    assert [problem.path for problem in find_problems(config)] == ["stage"]
+
+
+def test_very_many_problems_are_counted() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config({"train_batch_size": 1, **{f"zork{index}": 1 for index in range(500)}})
+    assert caught.value.what.startswith("500 problems in the configuration")
+    assert caught.value.what.endswith("  and 400 more")
 
 
 def test_two_names_of_one_section_are_reported_with_the_rest() -> None:
     problems = find_problems({"bf16": {}, "bfloat16": {}, "fp16": {"zork": 1}})
-    assert [problem.path for problem in problems] == ["fp16.zork", "bfloat16"]
+    assert [problem.path for problem in problems] == ["bfloat16", "fp16.zork"]
 
 
 UNRESOLVED: dict[str, Any] = {

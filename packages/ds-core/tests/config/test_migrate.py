@@ -91,7 +91,7 @@ def test_one_warning_per_old_key(caplog):
 
 def test_a_renamed_key_says_where_it_went():
     assert migrate({ZERO: {"cpu_offload": True}})[1] == [
-        Renamed((ZERO, "cpu_offload"), (ZERO, "offload_optimizer"), 'write "offload_optimizer": {"device": "cpu"}')
+        Renamed((ZERO, "cpu_offload"), (ZERO, "offload_optimizer"), '"offload_optimizer": {"device": "cpu"}')
     ]
 
 

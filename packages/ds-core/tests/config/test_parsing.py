@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,42 @@ from ds_core.config.parsing import parse
 from ds_core.errors import ConfigError
 
 SWALLOWED = "a value without quotes takes the rest of its line, brackets too"
+
+
+@pytest.mark.parametrize(
+    ("message", "offset"),
+    [
+        ("Expecting value", 9),
+        ("Illegal trailing comma before end of array", 8),  # since Python 3.13
+    ],
+)
+def test_trailing_commas_in_any_python(monkeypatch: pytest.MonkeyPatch, message: str, offset: int) -> None:
+    text = '{"a": [1,], "b" 2}'
+
+    def loads(*_: Any, **__: Any) -> None:
+        raise json.JSONDecodeError(message, text, offset)
+
+    monkeypatch.setattr("ds_core.config.parsing.json.loads", loads)
+    assert error_of(text).what.startswith("this is neither JSON nor HJSON: expecting ':' delimiter (line 1, column 17)")
+
+
+@pytest.mark.parametrize(
+    ("message", "what"),
+    [
+        ("Invalid \\escape", "invalid \\escape"),
+        ("Invalid \\escape: ", "invalid \\escape"),
+        ("Invalid \\escape: 'x'", "invalid \\escape"),
+        ("Invalid control character at", "invalid control character"),
+        ("Invalid control character '\\n' at", "invalid control character"),
+        ("Unterminated string starting at", "unterminated string"),
+    ],
+)
+def test_the_words_are_the_same_in_any_python(monkeypatch: pytest.MonkeyPatch, message: str, what: str) -> None:
+    def loads(*_: Any, **__: Any) -> None:
+        raise json.JSONDecodeError(message, '{"a" "b"}', 5)
+
+    monkeypatch.setattr("ds_core.config.parsing.json.loads", loads)
+    assert error_of('{"a" "b"}').what.startswith(f"this is neither JSON nor HJSON: {what} (line 1, column 6)")
 
 
 def error_of(text: str) -> ConfigError:
@@ -40,6 +78,10 @@ def test_message_whole() -> None:
         ('{"a": 1, "b: 2}', "unterminated string", (1, 10)),
         ('{"a": [1, 2\n  "b": 3\n}', "expecting ',' delimiter", (2, 3)),
         ('{"a": "\\x"}', "invalid \\escape", (1, 8)),
+        # Commas before a bracket are no mistake in HJSON.
+        ('{"a": [1,], "b" 2}', "expecting ':' delimiter", (1, 17)),
+        ('{"a": {"c": 1, },\n"b" 2}', "expecting ':' delimiter", (2, 5)),
+        ('{"a": 1,}}', "extra data", (1, 10)),
         # HJSON with a mistake: hjson knows best.
         ("{\n  // c\n  a b: 1\n}", "found whitespace in your key name (use quotes to include)", (3, 4)),
         ('{\n  # c\n  "a" 1\n}', "expecting ':' delimiter", (3, 7)),

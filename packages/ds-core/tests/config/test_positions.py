@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ds_core.config.positions import Lines, Place, scan
+from ds_core.config.positions import Lines, Place, Scan, scan
 
-Keys = tuple[Any, ...]
+if TYPE_CHECKING:
+    from ds_core.config.paths import Path
 
 COMMON = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def all_places(text: str, *, is_plain_json: bool = False) -> dict[Keys, int]:
-    """Return every path that the scanner found -> its offset."""
-    found: dict[Keys, int] = {}
+def places_of(found: Scan) -> dict[Path, Place]:
+    """Return every path that the scanner found -> its place."""
+    places: dict[Path, Place] = {}
 
-    def collect(place: Place, keys: Keys) -> None:
+    def collect(place: Place, path: Path) -> None:
         for key, inner in place.inside.items():
-            found[(*keys, key)] = inner.offset
-            collect(inner, (*keys, key))
+            places[(*path, key)] = inner
+            collect(inner, (*path, key))
 
-    collect(scan(text, is_plain_json=is_plain_json).root, ())
-    return found
+    collect(found.root, ())
+    return places
 
 
-def all_paths(value: Any, keys: Keys = ()) -> set[Keys]:
+def all_places(text: str) -> dict[Path, int]:
+    """Return every path that the scanner found -> its offset."""
+    return {path: place.offset for path, place in places_of(scan(text)).items()}
+
+
+def all_paths(value: Any, keys: Path = ()) -> set[Path]:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return {path for key, item in items for path in {(*keys, key), *all_paths(item, (*keys, key))}}
 
@@ -56,20 +63,23 @@ objects = st.dictionaries(awkward, values, max_size=5)
 )
 def test_json(value: dict[str, Any], indent: int | str | None, separators: Any, ensure_ascii: bool) -> None:
     text = json.dumps(value, indent=indent, separators=separators, ensure_ascii=ensure_ascii)
-    places = all_places(text, is_plain_json=True)
+    found = scan(text, is_plain_json=True, notes=True)
+    places = places_of(found)
     assert places.keys() == all_paths(value)
-    decoder = json.JSONDecoder()
-    for path, offset in places.items():
-        found, end = decoder.raw_decode(text, offset)
+    # NaN is not equal to itself, but is written as itself.
+    assert json.dumps(json.loads(text[found.root.start : found.root.end])) == json.dumps(value)
+    for path, place in places.items():
+        assert json.dumps(json.loads(text[place.start : place.end])) == json.dumps(at(value, path))
         if isinstance(path[-1], str):
-            assert found == path[-1]
-            assert text[end:].lstrip(" \t\r\n").startswith(":")
+            assert json.loads(text[place.offset : place.key_end]) == path[-1]
         else:
-            # NaN is not equal to itself, but is written as itself.
-            assert json.dumps(found) == json.dumps(at(value, path))
+            assert place.offset == place.key_end == place.start
+    numbers = [at(value, path) for path in places if isinstance(at(value, path), float)]
+    assert found.numbers == {number: json.dumps(number) for number in numbers if math.isfinite(number)}
+    assert (found.is_whole, found.comments) == (True, [])
 
 
-def at(value: Any, path: Keys) -> Any:
+def at(value: Any, path: Path) -> Any:
     for key in path:
         value = value[key]
     return value
@@ -84,11 +94,13 @@ ENDS_NUMBER = (",", "\n", "\r", "# }\n", "// ]\n", "/**/")
 
 @dataclass
 class Writer:
-    """Writes HJSON with everything that it allows, and notes where each key begins."""
+    """Writes HJSON with everything that it allows, and notes where keys and values are, and comments."""
 
     data: st.DataObject
     text: str = ""
-    places: dict[Keys, int] = field(default_factory=dict)
+    places: dict[Path, tuple[int, int, int, int]] = field(default_factory=dict)
+    """Where the key and the value begin and end."""
+    comments: list[tuple[int, int]] = field(default_factory=list)
 
     def choose(self, *options: Any) -> Any:
         return self.data.draw(st.sampled_from(options))
@@ -96,9 +108,16 @@ class Writer:
     def blank(self) -> None:
         """Write space and comments."""
         blanks = (" ", "\n", "\t", "\r\n", "# a: {\n", "// '''x\n", '/* b: [ " \n */', "/**/", "")
-        self.text += self.choose(*blanks) + self.choose(*blanks)
+        self.write(self.choose(*blanks))
+        self.write(self.choose(*blanks))
 
-    def key(self, key: str) -> None:
+    def write(self, blank: str) -> None:
+        if blank[:1] in ("#", "/"):
+            self.comments.append((len(self.text), len(self.text) + len(blank.rstrip("\n"))))
+        self.text += blank
+
+    def key(self, key: str) -> int:
+        """Write ``key``; return its end."""
         plain = (
             key
             and key == key.strip()
@@ -108,14 +127,18 @@ class Writer:
         )
         forms = [json.dumps(key), json.dumps(key, ensure_ascii=False), single_quoted(key)]
         if plain:
-            forms.append(key + self.choose("", " ", "\n", " \t"))
+            forms.append(key)
         form = self.choose(*forms)
         self.text += form
-        if not form.startswith(key) or form[:1] in "\"'":
+        end = len(self.text)
+        if form == key:
+            self.text += self.choose("", " ", "\n", " \t")
+        else:
             self.blank()
         self.text += ":"
+        return end
 
-    def value(self, value: Any, path: Keys) -> tuple[str, ...]:
+    def value(self, value: Any, path: Path) -> tuple[str, ...]:
         """Write ``value``; return what may follow it."""
         if isinstance(value, dict):
             self.text += "{"
@@ -126,8 +149,8 @@ class Writer:
             self.text += "["
             self.blank()
             for index, item in enumerate(value):
-                self.places[(*path, index)] = len(self.text)
-                self.separator(self.value(item, (*path, index)), is_last=index == len(value) - 1)
+                start = len(self.text)
+                self.member(item, (*path, index), (start, start), is_last=index == len(value) - 1)
             self.text += "]"
             return ANY
         if isinstance(value, str):
@@ -135,19 +158,27 @@ class Writer:
         self.text += json.dumps(value) + self.choose("", " ", "\t")
         return ENDS_NUMBER
 
-    def members(self, value: dict[str, Any], path: Keys) -> None:
+    def members(self, value: dict[str, Any], path: Path) -> None:
         self.blank()
         for index, (key, item) in enumerate(value.items()):
-            self.places[(*path, key)] = len(self.text)
-            self.key(key)
+            start = len(self.text)
+            key_end = self.key(key)
             self.blank()
-            self.separator(self.value(item, (*path, key)), is_last=index == len(value) - 1)
+            self.member(item, (*path, key), (start, key_end), is_last=index == len(value) - 1)
+
+    def member(self, value: Any, path: Path, key: tuple[int, int], *, is_last: bool) -> None:
+        """Write a value of an object or a list and what comes behind it; ``key`` is where its key is."""
+        start = len(self.text)
+        ends = self.value(value, path)
+        written = self.text[start:]
+        self.places[path] = (*key, start, start + len(written.rstrip(" \t") if ends is ENDS_NUMBER else written))
+        self.separator(ends, is_last=is_last)
 
     def separator(self, ends: tuple[str, ...], *, is_last: bool) -> None:
         """Write what may come behind a value: one of ``ends``."""
         # A closing bracket ends a number, too; not so a string without quotes.
         end = self.choose(*ends, *([""] if is_last and ends is ENDS_NUMBER else []))
-        self.text += end
+        self.write(end)
         self.blank()
         if end != "," and self.choose(True, False):
             self.text += ","  # behind the last one, too
@@ -189,7 +220,13 @@ def test_hjson(value: dict[str, Any], data: st.DataObject) -> None:
     text = writer.text
     parsed = json.loads(json.dumps(hjson.loads("\n" + text)))
     assert all_paths(parsed) == all_paths(value), "the writer of this test wrote something else"
-    assert all_places(text) == writer.places
+    found = scan(text, notes=True)
+    places = {path: (at.offset, at.key_end, at.start, at.end) for path, at in places_of(found).items()}
+    assert places == writer.places
+    assert found.comments == writer.comments
+    assert found.is_whole
+    assert found.numbers.keys() == {at(value, path) for path in places if isinstance(at(value, path), float)}
+    assert all(float(written) == number for number, written in found.numbers.items())
 
 
 @COMMON
@@ -272,10 +309,56 @@ def test_depth() -> None:
     assert scan('{"a":' * 10**5, max_depth=10).too_deep == 50
 
 
+HJSON = """\
+# first
+{
+  a: 5e8 // of a
+  "b c": some text, with , and } and # inside
+  /* c: 1 */ d: [1, /* two */ 2.50
+    x y
+  ], e: {f: null}
+  g: '''
+     of many
+     '''
+}
+// last
+"""
+
+
+def test_what_a_text_is_made_of() -> None:
+    found = scan(HJSON, notes=True)
+    assert {key: HJSON[place.start : place.end] for key, place in found.root.inside.items()} == {
+        "a": "5e8",
+        "b c": "some text, with , and } and # inside",
+        "d": "[1, /* two */ 2.50\n    x y\n  ]",
+        "e": "{f: null}",
+        "g": "'''\n     of many\n     '''",
+    }
+    assert [HJSON[place.offset : place.key_end] for place in found.root.inside.values()] == ["a", '"b c"', *"deg"]
+    comments = ["# first", "// of a", "/* c: 1 */", "/* two */", "// last"]
+    assert [HJSON[start:end] for start, end in found.comments] == comments
+    assert found.numbers == {5e8: "5e8", 2.5: "2.50"}
+    assert HJSON[found.root.start : found.root.end] == HJSON[8:-9]
+    assert (scan(HJSON).comments, scan(HJSON).numbers) == ([], {})
+
+
+@pytest.mark.parametrize("text", ["{a: 1 /* }", "{a: 1}}", "{", "{a: 1} b", "{a: ]}", "{a: '''b}", '{"a: 1}', "a: {"])
+def test_what_is_not_whole(text: str) -> None:
+    assert not scan(text).is_whole
+
+
+@pytest.mark.parametrize("text", ["a: 1", "# c\na: 1\nb: {c: 2}\n# c", "{a: 1, a: 2} // c", "[1]"])
+def test_what_is_whole(text: str) -> None:
+    found = scan(text)
+    assert found.is_whole
+    assert all(0 <= place.start < place.end <= len(text) for place in [found.root, *places_of(found).values()])
+
+
 def test_what_is_never_closed() -> None:
     assert scan('{"a": [1, {"b": 2}').unclosed == 6
     assert scan("{a: 1 /* b").unclosed == 6
     assert scan("{a: '''b").unclosed == 4
+    assert scan("{a: 1} /* b").unclosed == 7
     assert scan("a: 1").unclosed is None
 
 

@@ -8,7 +8,8 @@ import pytest
 from pydantic import Field
 
 from ds_core.config import Section
-from ds_core.config.problems import sections_of, validate
+from ds_core.config.paths import sections_of
+from ds_core.config.problems import validate
 
 
 class Entry(Section):

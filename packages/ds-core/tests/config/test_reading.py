@@ -11,13 +11,14 @@ import subprocess
 import sys
 import threading
 from collections import UserDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ds_core.config import ConfigError, find_problems, load_config
-from ds_core.config.reading import read
+from ds_core.config.reading import read, read_text
 
 GOOD = {"train_batch_size": 8, "optimizer": {"type": "Adam", "params": {"betas": [0.9, 0.95]}}}
 
@@ -120,6 +121,7 @@ def test_duplicate_keys_in_any_object(tmp_path: Path) -> None:
             ("optimizer", "params", "a", 0, "lr"),
         )
         assert document.raw["optimizer"]["params"]["a"] == [{"lr": 3}]
+        assert [problem.keys for problem in document.duplicates()] == list(document.twice)
         assert {problem.keys for problem in find_problems(source)} >= set(document.twice)
     # The second of three.
     assert read(path).position(("optimizer", "params", "a", 0, "lr")) == (2, text.splitlines()[1].index('"lr": 2') + 1)
@@ -309,6 +311,31 @@ def test_not_a_source(source: Any) -> None:
     assert (
         error_of(source).what == f"a configuration must be a dict, a path or base64 text, got {type(source).__name__}"
     )
+
+
+def test_a_document_is_read_already(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(GOOD), encoding="utf-8")
+    document = read(path)
+    path.write_text("{", encoding="utf-8")
+    assert read(document) is document
+    assert load_config(document).raw == GOOD
+    assert find_problems(document) == []
+    assert document.raw == GOOD
+
+
+def test_text_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / ("d" * 200) / "ds.json"
+    path.parent.mkdir()
+    path.write_bytes(b"\xef\xbb\xbf{a: 1\r\nb: 2}\r\n")
+    document = read(path)
+    assert (document.text, document.has_mark, document.file) == ("{a: 1\r\nb: 2}\r\n", True, path)
+    assert document.position(("b",)) == (2, 1)
+    of_text = read_text(f"\ufeff{document.text}", "here")
+    assert of_text == replace(document, where="here", file=None)
+    of_base64 = read(base64.urlsafe_b64encode(path.read_bytes()).decode())
+    assert of_base64 == replace(of_text, where="base64 text")
+    assert not read_text("{a: 1}", "here").has_mark
 
 
 def test_what_a_document_says(tmp_path: Path) -> None:

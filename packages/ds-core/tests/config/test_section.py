@@ -10,10 +10,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from ds_core.config import Config, Count, DtypeName, Int, NotBuilt, Number, PositiveInt, Section, key
+from ds_core.config import Config, Count, DtypeName, Int, NotBuilt, Number, PositiveInt, Section, catalog, key
 from ds_core.config.config import BatchKeys
-from ds_core.config.problems import sections_of, validate
-from ds_core.config.section import show
+from ds_core.config.paths import sections_of
+from ds_core.config.problems import validate
+from ds_core.config.section import NeededWhenOn, Secret, show
+from ds_core.config.showing import is_secret
 
 
 class Inner(Section):
@@ -76,7 +78,7 @@ def test_whole_numbers(value: Any, meaning: int) -> None:
     assert (whole, type(whole)) == (meaning, int)
 
 
-@pytest.mark.parametrize("value", [1.5, "1.5", True, False, None, "two", "", [], {}, float("inf"), float("nan"), "inf"])
+@pytest.mark.parametrize("value", [1.5, "1.5", True, False, "two", "", [], {}, float("inf"), float("nan"), "inf"])
 def test_not_whole_numbers(value: Any) -> None:
     assert problem_of(whole=value) == f"whole: got {show(value)}, must be a whole number"
 
@@ -86,7 +88,7 @@ def test_numbers(value: Any) -> None:
     assert sample(ratio=value).ratio == 0.25
 
 
-@pytest.mark.parametrize("value", [True, None, "half", float("inf"), float("nan"), 10**400, -(10**400)])
+@pytest.mark.parametrize("value", [True, "half", float("inf"), float("nan"), 10**400, -(10**400)])
 def test_not_numbers(value: Any) -> None:
     assert problem_of(ratio=value) == f"ratio: got {show(value)}, must be a finite number"
 
@@ -96,7 +98,7 @@ def test_dtype_names(value: Any) -> None:
     assert sample(dtype=value).dtype == "float16"
 
 
-@pytest.mark.parametrize("value", ["int8", torch.int8, 16, None])
+@pytest.mark.parametrize("value", ["int8", torch.int8, 16])
 def test_not_a_dtype(value: Any) -> None:
     assert problem_of(dtype=value).endswith('allowed are "float16", "bfloat16" or "float32"')
 
@@ -157,20 +159,129 @@ def test_every_key_is_described(section: type[Section]) -> None:
     assert all(text.endswith(".") for text in section.descriptions().values())
 
 
+class Switched(Section):
+    """A section with a switch."""
+
+    enabled: bool = False
+    """The switch."""
+    depth: Count = 2
+    """Another key."""
+
+
 @pytest.mark.parametrize(
-    ("value", "text"),
+    ("data", "is_on"),
     [
-        ({"a": [True, None, "x"]}, '{"a": [true, null, "x"]}'),
-        ("x" * 100, '"' + "x" * 56 + "..."),
-        ({"a": {"b": {"c": {"d": 1}}}}, '{"a": {"b": {"c": {...}}}}'),
+        ({"enabled": True}, True),
+        ({"enabled": 1}, True),
+        ({"enabled": "true"}, True),
+        ({"enabled": "On"}, True),
+        ({"enabled": False}, False),
+        ({"enabled": "false"}, False),
+        ({"enabled": "auto"}, False),
+        ({"enabled": "maybe"}, False),
+        ({"enabled": 2}, False),
+        ({"enabled": []}, False),
+        ({}, False),
+        # What else is wrong there does not matter.
+        ({"enabled": True, "depth": -1, "zork": 3, 4: 5}, True),
+        (None, False),
+        (True, False),
+        ([("enabled", True)], False),
     ],
 )
-def test_show(value: Any, text: str) -> None:
-    assert show(value) == text
+def test_is_switched_on_by_the_rules_of_the_field(data: Any, is_on: bool) -> None:
+    assert Switched.is_switched_on(data) is is_on
 
 
-def test_show_stops_early() -> None:
-    # A list that contains itself would never end.
-    endless: list[Any] = []
-    endless.extend([endless] * 100)
-    assert len(show(endless)) == 60
+def test_a_section_that_is_on_unless_it_is_switched_off() -> None:
+    class Always(Section):
+        enabled: bool = True
+
+    data = ({}, {"enabled": "auto"}, {"enabled": "no"}, None)
+    assert [Always.is_switched_on(each) for each in data] == [True, True, False, False]
+    assert Inner.is_switched_on({"enabled": True}) is False
+
+
+def test_null_means_that_a_key_is_not_given() -> None:
+    class Optional(Section):
+        count: Count = 2
+        switch: bool = True
+        words: tuple[str, ...] = ("a",)
+        inner: Inner = Inner()
+        perhaps: Annotated[Count | None, NotBuilt(None, 7)] = 7
+        anything: Any = 3
+        needed: str
+
+    null = dict.fromkeys(("count", "switch", "words", "inner", "perhaps", "anything"))
+    section = Optional.model_validate({**null, "needed": "x"})
+    assert (section.count, section.switch, section.words, section.inner) == (2, True, ("a",), Inner())
+    # Where the type takes null, it is a value.
+    assert (section.perhaps, section.anything) == (None, None)
+    assert section.model_fields_set == {"perhaps", "anything", "needed"}
+    _, (problem,) = validate(Optional, null | {"needed": None})
+    assert (problem.path, problem.text) == ("needed", "is missing")
+    _, (problem,) = validate(Optional, {"needed": "x", "zork": None})
+    assert (problem.path, problem.kind) == ("zork", "unknown")
+
+
+class Wanting(Section):
+    """A section with keys that are needed while it is on."""
+
+    enabled: bool = False
+    """The switch."""
+    bucket_numel: Annotated[Count, NeededWhenOn()] = key("bucket_size", "numel", default=5)
+    """Elements."""
+    words: Annotated[tuple[str, ...], NeededWhenOn()] = ("a",)
+    """Words."""
+    depth: Count = 2
+    """Another key."""
+
+
+@pytest.mark.parametrize("absent", [{}, {"bucket_size": None, "words": "auto"}, {"numel": None}])
+@pytest.mark.parametrize("on", [True, "true", 1])
+def test_keys_that_are_needed_while_the_section_is_on(absent: dict[str, Any], on: Any) -> None:
+    given = {**absent, "depth": -1}
+    _, problems = validate(Wanting, {"enabled": on, **given})
+    assert [(problem.path, problem.fix) for problem in problems[:2]] == [
+        ("bucket_size", 'add "bucket_size"'),
+        ("words", 'add "words"'),
+    ]
+    assert all(problem.text.startswith("is missing") for problem in problems[:2])
+    assert [problem.path for problem in problems[2:]] == ["depth"]  # told beside them
+    for off in ({}, {"enabled": False}, {"enabled": "auto"}, {"enabled": None}):
+        assert Wanting.model_validate({**absent, **off}) == Wanting()
+
+
+@pytest.mark.parametrize("name", ["bucket_size", "numel", "bucket_numel"])
+def test_a_needed_key_under_any_of_its_names(name: str) -> None:
+    section = Wanting.model_validate({"enabled": True, name: 9, "words": []})
+    assert (section.bucket_numel, section.words) == (9, ())
+
+
+class Account(Section):
+    """A section with secrets."""
+
+    pin: Annotated[str | None, Secret()] = None
+    """A secret that does not sound like one."""
+    name: str = "me"
+    """None."""
+
+
+def test_secrets_are_not_shown() -> None:
+    account = Account(pin="1234", name="you")
+    assert (account.pin, repr(account)) == ("1234", "Account(pin='...', name='you')")
+    assert repr(Account()) == "Account(pin=None, name='me')"
+    assert Account.shown("pin", "1234") == Account.shown("pin", 1234) == '"..."'
+    assert (Account.shown("pin", None), Account.shown("name", "you")) == ("null", '"you"')
+    assert (Account.shown("api_keey", "1234"), Account.shown("zork", "1234")) == ('"..."', '"1234"')
+    assert Account.shown(3, "1234") == '"1234"'
+
+
+def test_every_key_that_sounds_like_a_secret_is_marked() -> None:
+    sections = {inner for top in catalog.all_sections().values() for inner in all_sections(top)}
+    marked = {
+        (section.__name__, name, any(isinstance(marker, Secret) for marker in info.metadata), is_secret(name))
+        for section in sections
+        for name, info in section.model_fields.items()
+    }
+    assert {row for row in marked if row[2] or row[3]} == {("CometSection", "api_key", True, True)}

@@ -383,21 +383,3 @@ def test_a_metric_schedule_says_how_to_give_the_metric():
     engine.backward(loss_of(engine))
     engine.step(lr_kwargs={"metrics": 1.0})
     assert engine.get_lr() == [0.1]
-
-
-def test_keys_that_change_nothing_are_reported_with_the_reason():
-    engine = start(
-        config={
-            **CONFIG,
-            "zero_optimization": {"stage": 0, "reduce_bucket_size": 1000},
-            "fp16": {"enabled": False, "loss_scale": 0},
-            "dataloader_drop_last": True,
-            "zero_allow_untested_optimizer": True,
-        }
-    )
-    report = engine.report()
-    assert report["zero_optimization.reduce_bucket_size"] == "no effect: zero_optimization.stage is 0"
-    assert report["fp16.loss_scale"] == "no effect: not enabled"
-    assert report["dataloader_drop_last"] == "no effect: no training_data was given"
-    assert report["zero_allow_untested_optimizer"] == "no effect: every optimizer is allowed"
-    assert report["optimizer"] == "AdamW"

@@ -173,3 +173,19 @@ def test_the_arguments_of_deepspeed_are_added():
         "deepscale": False,
         "deepscale_config": None,
     }
+
+
+@pytest.mark.parametrize(("size", "padded"), [(50257, 50264), (7, 8), (50264, None), (8, None), (None, None)])
+def test_a_vocabulary_that_is_no_multiple_of_8(size, padded, caplog):
+    with caplog.at_level("WARNING", logger="ds_core"):
+        start(config={**CONFIG, "log_level": "warning", "vocabulary_size": size})
+    said = [message for message in caplog.messages if message.startswith("vocabulary_size")]
+    assert len(said) == (padded is not None)
+    assert all(message.startswith(f"vocabulary_size: {size} is not") for message in said)
+    assert all(message.endswith(f"pad the vocabulary to {padded}") for message in said)
+
+
+def test_arguments_of_the_engine_are_copies():
+    engine = start()
+    engine.optimizer_params()["lr"] = 7
+    assert engine.optimizer_params() == {"lr": 0.5}

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from ds_core.errors import ConfigError, MissingPackageError, PluginError
+from ds_core.errors import ConfigError, MissingPackageError, NotBuiltError, PluginError
 from ds_core.optim.build import build_optimizer, check_steps_without_closure, find_optimizer
 
 
@@ -119,6 +119,12 @@ def test_values_the_optimizer_refuses_are_told(name, params):
 @pytest.mark.parametrize("name", ["Lamb", "Lion", "OneBitAdam", "Muon"])
 def test_optimizers_of_other_packages_are_named(name):
     with pytest.raises(MissingPackageError, match="pip install ds-"):
+        find_optimizer(name)
+
+
+@pytest.mark.parametrize("name", ["MuAdam", "MuAdamW", "MuSGD"])
+def test_optimizers_of_mup_are_not_built(name):
+    with pytest.raises(NotBuiltError, match=f"optimizer {name} is not built yet"):
         find_optimizer(name)
 
 

@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from ds_core.config.loading import Examined
     from ds_core.config.problems import Problem
+    from ds_core.config.rewriting import Rewritten
 
 __all__ = ["app"]
 
@@ -32,6 +33,8 @@ Compatible = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the same as JSON.")]
+MOST_PROBLEMS = 100
+"""Problems of one file that are printed; JSON has all."""
 
 
 @app.callback()
@@ -47,6 +50,10 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Say what is wrong with each file, all at once, with line and column. Exits with 1 if anything is."""
+    from ds_core.config.loading import examine
+
+    # What is wrong with the environment is no file's fault, so it is not told as one: it ends the command here.
+    examine({}, compatible=compatible)
     results = [_checked(file, world, compatible) for file in files]
     if as_json:
         import json
@@ -63,7 +70,7 @@ def explain(
     file: Annotated[str, typer.Argument(metavar="FILE", help="JSON or HJSON.")],
     world: World = None,
     compatible: Compatible = None,
-    all_keys: Annotated[bool, typer.Option("--all", help="Also sections that are off, with all their keys.")] = False,
+    all_keys: Annotated[bool, typer.Option("--all", help="Also what is off or changes nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show every effective value and where it came from. Exits with 1 if there are problems, which are shown too."""
@@ -79,14 +86,94 @@ def explain(
         result = {"file": file, "ok": not examined.problems, **_findings(examined), **shown.as_json(found)}
         typer.echo(json.dumps(result, indent=2))
     else:
-        for problem in _findings(examined)["problems"]:
-            _print_finding(file, problem)
+        _print_problems(file, _findings(examined)["problems"])
         count = len(examined.problems)
         _print_heading(f"{file}: {_problems(count) if count else _summary(examined)}")
         typer.echo()
         for line, is_heading in shown.lines(found, shutil.get_terminal_size().columns):
             (_print_heading if is_heading else typer.echo)(line)
     raise typer.Exit(1 if examined.problems else 0)
+
+
+@app.command()
+def schema(
+    section: Annotated[
+        str | None, typer.Argument(metavar="[KEY]", help="One top-level key, such as zero_optimization; default: all.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", metavar="FILE", help="Write it there.")] = None,
+) -> None:
+    """Print the JSON Schema (draft 2020-12), with which editors complete and check configurations."""
+    import json
+
+    from ds_core.config.schema import json_schema
+
+    text = json.dumps(json_schema(section), indent=2, ensure_ascii=False) + "\n"
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        _write(output, text)
+
+
+@app.command()
+def migrate(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="JSON or HJSON.")],
+    in_place: Annotated[bool, typer.Option("--in-place", help="Write the result to FILE.")] = False,
+    output: Annotated[str | None, typer.Option("--output", metavar="FILE", help="Write the result there.")] = None,
+    backup: Annotated[bool, typer.Option("--backup", help="With --in-place: keep the old FILE as FILE.bak.")] = False,
+    drop_comments: Annotated[
+        bool, typer.Option("--drop-comments", help="Where comments cannot be kept, write plain JSON without them.")
+    ] = False,
+) -> None:
+    """Rewrite deprecated keys as today's and print the result; say on stderr what was done."""
+    from pathlib import Path
+
+    from ds_core.config.reading import read
+    from ds_core.config.rewriting import replace_file, rewritten
+
+    if in_place and output is not None:
+        raise typer.BadParameter("--in-place and --output exclude each other")
+    if backup and not in_place:
+        raise typer.BadParameter("--backup needs --in-place")
+    document = read(Path(file))
+    result = rewritten(document, drop_comments=drop_comments)
+    if output is not None:
+        _write(output, result.text)
+    elif not in_place:
+        typer.echo(result.text, nl=False)
+    elif result.renamed:
+        assert document.file is not None
+        saved = replace_file(document.file, result.text, backup=backup)
+        if saved is not None:
+            typer.echo(f"{file}: the old file is {saved}", err=True)
+    _print_migration(file, result)
+
+
+def _write(output: str, text: str) -> None:
+    from pathlib import Path
+
+    from ds_core.config.rewriting import replace_file
+
+    replace_file(Path(output), text)
+
+
+def _print_migration(file: str, result: Rewritten) -> None:
+    from ds_core.config.loading import find_problems
+    from ds_core.config.reading import read_text
+
+    count = len(result.renamed)
+    done = f"{count} deprecated key{'' if count == 1 else 's'} rewritten" if count else "no deprecated keys"
+    typer.echo(f"{file}: {done}", err=True)
+    for row in result.renamed:
+        if row.new is None:
+            now = "removed" if row.instead is None else f"removed: {row.text}"
+        elif row.new == row.old and row.instead is not None:
+            now = row.instead
+        else:
+            now = _dotted(row.new)
+        typer.echo(f"  {_dotted(row.old)} -> {now}", err=True)
+    problems = find_problems(read_text(result.text, file).raw)
+    if problems:
+        typer.echo(f"{file}: {_problems(len(problems))} left: `ds config check` tells them", err=True)
 
 
 def _problems(count: int) -> str:
@@ -106,27 +193,29 @@ def _checked(file: str, world: int | None, compatible: bool | None) -> dict[str,
         examined = examine(file, dp_world_size=world, compatible=compatible)
     except ConfigError as error:
         # One file that cannot be read must not hide what is wrong with the others.
-        problem = {"path": "", "text": error.what, "fix": error.fix, "line": None, "column": None}
-        return {"file": file, "ok": False, "is": None, "problems": [problem], "warnings": [], "deprecated": []}
+        where = None if error.where == file else error.where
+        problem = {"path": "", "text": error.what, "where": where, "fix": error.fix, **_place(None)}
+        nothing: dict[str, Any] = {"warnings": [], "deprecated": [], "hints": []}
+        return {"file": file, "ok": False, "is": None, "problems": [problem], **nothing}
     return {
         "file": file,
         "ok": not examined.problems,
         "is": None if examined.problems else _summary(examined),
         **_findings(examined),
+        "hints": _hints(examined),
     }
 
 
 def _findings(examined: Examined) -> dict[str, Any]:
     """Return problems, what compatibility mode dropped, and deprecated keys, in the order of the file."""
+    deprecated = [
+        {"path": _dotted(row.old), "text": row.text, **_place(examined.document.position(row.old))}
+        for row in examined.renamed
+    ]
     return {
-        "problems": _in_order([_as_dict(problem) for problem in examined.problems]),
-        "warnings": _in_order([_as_dict(problem) for problem in examined.warnings]),
-        "deprecated": _in_order(
-            [
-                {"path": _dotted(row.old), "text": row.text, **_place(examined.document.position(row.old))}
-                for row in examined.renamed
-            ]
-        ),
+        "problems": [_as_dict(problem) for problem in examined.problems],
+        "warnings": [_as_dict(problem) for problem in examined.warnings],
+        "deprecated": sorted(deprecated, key=lambda row: (row["line"] or 0, row["column"] or 0)),
     }
 
 
@@ -139,12 +228,8 @@ def _place(place: tuple[int, int] | None) -> dict[str, int | None]:
     return {"line": line, "column": column}
 
 
-def _in_order(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(found, key=lambda entry: (entry["line"] or 0, entry["column"] or 0))
-
-
 def _dotted(keys: tuple[str | int, ...]) -> str:
-    from ds_core.config.problems import dotted
+    from ds_core.config.paths import dotted
 
     return dotted(keys)
 
@@ -157,9 +242,8 @@ def _summary(examined: Examined) -> str:
     'ZeRO stage 2, bf16, no optimizer'
     """
     config = examined.config
-    partition = config.partition.type or f"ZeRO stage {config.zero_optimization.stage}"
-    precision = config.precision.type or next(filter(config.enables, ("fp16", "bf16", "torch_autocast")), "fp32")
-    words = [partition, precision, config.optimizer.type if config.optimizer else "no optimizer"]
+    partition = config.partition.chosen or f"ZeRO stage {config.zero_optimization.stage}"
+    words = [partition, config.plugin("precision"), config.optimizer.type if config.optimizer else "no optimizer"]
     if config.scheduler is not None:
         words.append(config.scheduler.type)
     if examined.dp_world_size is not None:
@@ -168,9 +252,33 @@ def _summary(examined: Examined) -> str:
     return ", ".join(words)
 
 
+def _hints(examined: Examined) -> list[str]:
+    """Return what else is good to know about the problems of ``examined``."""
+    from ds_core.config.loading import find_problems
+    from ds_core.config.paths import open_paths
+
+    if examined.dp_world_size is None:
+        return []
+    raw = examined.document.raw
+    wrong = {problem.keys for problem in examined.problems}.intersection(open_paths(raw))
+    if wrong:  # what stays without --world, such as a misspelt key, is not what this is about
+        wrong -= {problem.keys for problem in find_problems(raw)}
+    if not wrong:
+        return []
+    count = len(wrong)
+    values = "1 value is" if count == 1 else f"{count} values are"
+    return [f'{values} "auto": leave out --world if the client that calls initialize fills them in']
+
+
+def _print_problems(file: str, problems: list[dict[str, Any]]) -> None:
+    for problem in problems[:MOST_PROBLEMS]:
+        _print_finding(file, problem)
+    if len(problems) > MOST_PROBLEMS:
+        typer.echo(f"{file}: and {len(problems) - MOST_PROBLEMS} more")
+
+
 def _print_check(result: dict[str, Any]) -> None:
-    for problem in result["problems"]:
-        _print_finding(result["file"], problem)
+    _print_problems(result["file"], result["problems"])
     for warning in result["warnings"]:
         _print_finding(result["file"], {**warning, "fix": None}, "ignored in compatibility mode: ")
     for old in result["deprecated"]:
@@ -179,6 +287,8 @@ def _print_check(result: dict[str, Any]) -> None:
         typer.echo(f"{result['file']}: ok: {result['is']}")
     elif len(result["problems"]) > 1:
         typer.echo(f"{result['file']}: {_problems(len(result['problems']))}")
+    for hint in result["hints"]:
+        typer.echo(f"  hint: {hint}")
 
 
 def _print_finding(file: str, finding: dict[str, Any], before: str = "") -> None:
@@ -186,5 +296,7 @@ def _print_finding(file: str, finding: dict[str, Any], before: str = "") -> None
     where = file if finding["line"] is None else f"{file}:{finding['line']}:{finding['column']}"
     path = f"{finding['path']}: " if finding["path"] else ""
     typer.echo(f"{where}: {before}{path}{finding['text']}")
+    if finding.get("where"):
+        typer.echo(f"  where: {finding['where']}")
     if finding["fix"]:
         typer.echo(f"  fix: {finding['fix']}")

@@ -10,7 +10,8 @@ import json
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from ds_core.config.problems import dotted
+from ds_core.config.paths import dotted
+from ds_core.config.showing import printable, without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,12 +28,12 @@ GAP = "  "
 
 
 def written(value: Any) -> str:
-    """Return ``value`` as JSON, whole; what JSON does not have as Python writes it.
+    """Return ``value`` as JSON, whole but without secrets; what JSON does not have as Python writes it.
 
     >>> written((1, None))
     '[1, null]'
     """
-    return json.dumps(value, ensure_ascii=False, default=repr)
+    return json.dumps(without_secrets(value), ensure_ascii=False, default=repr)
 
 
 def heading(group: Group) -> str:
@@ -54,6 +55,12 @@ def lines(explanation: Explanation, width: int) -> Iterator[tuple[str, bool]]:
             yield heading(group), True
             yield from ((line, False) for line in _table(group, width))
             yield "", False
+    count = len(list(explanation.left_out))
+    if count:
+        keys = "1 key at its default changes" if count == 1 else f"{count} keys at their defaults change"
+        left_out = f"{keys} nothing here and {'is' if count == 1 else 'are'} left out; --all lists everything"
+        yield from ((line, False) for line in _folded(left_out, width, ""))
+        yield "", False
     if explanation.off:
         yield "Off, or all at the defaults (--all lists them)", True
         yield from ((line, False) for line in _folded(", ".join(explanation.off), width, "  "))
@@ -66,21 +73,30 @@ def lines(explanation: Explanation, width: int) -> Iterator[tuple[str, bool]]:
 
 def _table(group: Group, width: int) -> Iterator[str]:
     rows = [
-        (_key(setting, group), "" if _is_blank(setting) else written(setting.value), setting.origin)
+        (
+            _key(setting, group),
+            "" if _is_blank(setting) else printable(written(setting.value)),
+            setting.origin,
+        )
         for setting in group.settings
     ]
-    key_width = min(max(len(key) for key, _, _ in rows), WIDEST_KEY)
+    key_width = min(max(len(key) for key, _, _ in rows), WIDEST_KEY, width - 38)
+    # With 80 columns the widest key leaves 10 to the value and 22 to the origin.
     room = width - 2 - key_width - 2 * len(GAP)
     value_width = min(max(len(value) for _, value, _ in rows), WIDEST_VALUE, max(room - NARROWEST_ORIGIN, 8))
     for key, value, origin in rows:
         # What is too long for its column has lines of its own.
         is_long, is_far = len(value) > value_width, len(origin) > room - value_width
-        if len(key) > key_width:
+        if is_long and key_width + len(value) + len(origin) <= width - 2 - 2 * len(GAP):
+            is_long = is_far = False  # one line still holds all three
+        is_wide = len(key) > key_width
+        if is_wide:
             yield from _folded(key, width, "    ", first="  ")
-            key = ""
-        if key_width + len(value) + len(origin) <= width - 2 - 2 * len(GAP):  # out of line, and still one line
-            is_long = is_far = False
-        cells = (key.ljust(key_width), ("" if is_long else value).ljust(value_width), "" if is_far else origin)
+        cells = (
+            ("" if is_wide else key).ljust(key_width),
+            ("" if is_long else value).ljust(value_width),
+            "" if is_far else origin,
+        )
         yield f"  {GAP.join(cells)}".rstrip()
         if is_long:
             yield from _folded(value, width, "    ")
@@ -113,6 +129,7 @@ def as_json(explanation: Explanation) -> dict[str, Any]:
             {"path": setting.path, "value": _plain(setting.value), "kind": setting.kind, "origin": setting.origin}
             for setting in explanation.settings
         ],
+        "left_out": [setting.path for setting in explanation.left_out],
         "off": list(explanation.off),
         "notes": [{"kind": note.kind, "path": note.path, "text": note.text} for note in explanation.notes],
     }

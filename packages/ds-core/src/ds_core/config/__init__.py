@@ -39,18 +39,8 @@ if TYPE_CHECKING:
 
 DeepSpeedConfigError = ConfigError
 
-# Imported on first use: training needs none of them.
-_ON_USE = {
-    "load_inference_config": "inference_loading",
-    **dict.fromkeys(
-        (
-            *("DeepSpeedConfigModel", "DeepSpeedConfigObject", "ScientificNotationEncoder"),
-            *("dict_raise_error_on_duplicate_keys", "get_config_default", "get_dict_param", "get_list_param"),
-            *("get_scalar_param", "pp_int"),
-        ),
-        "helpers",
-    ),
-}
+# Imported on first use, from the first module that has the name: training needs none of them.
+_ON_USE = ("helpers", "inference_loading")
 
 __all__ = [
     # loading
@@ -105,11 +95,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ON_USE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_ON_USE[name]}"), name)
-    globals()[name] = value
-    return value
+    for module in _ON_USE if name in __all__ else ():
+        found = import_module(f"{__name__}.{module}")
+        if name in found.__all__:
+            globals()[name] = getattr(found, name)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

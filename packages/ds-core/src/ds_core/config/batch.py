@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import count, islice
 from typing import TYPE_CHECKING
 
+from ds_core.config.number_types import as_whole
 from ds_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -76,11 +77,12 @@ def resolve_batch(
 
 
 def _whole(name: str, value: float) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1 or value < 1:
+    number = as_whole(value)
+    if number is None or number < 1:
         raise ConfigError(f"{name}: got {value!r}, must be a whole number from 1", fix="give 1 or more")
-    if value > LARGEST:  # also keeps the products of an error short enough to print
+    if number > LARGEST:  # also keeps the products of an error short enough to print
         raise ConfigError(f"{name}: is more than {LARGEST}", fix="give less")
-    return int(value)
+    return number
 
 
 def _indivisible(train: int, micro: int | None, accumulation: int | None, world: int) -> ConfigError:
@@ -116,7 +118,8 @@ def _conflict(train: int, micro: int, accumulation: int, world: int) -> ConfigEr
         if train % others == 0:
             fixes.append(f"set {name} to {train // others}")
     if train % (micro * accumulation) == 0:
-        fixes.append(f"run on {train // (micro * accumulation)} ranks")
+        ranks = train // (micro * accumulation)
+        fixes.append(f"run on {ranks} rank{'s' if ranks > 1 else ''}")
     return ConfigError(
         f"{TRAIN}: {train} is not {MICRO} x {ACCUMULATION} x ranks = {micro} x {accumulation} x {world} = {product}",
         fix=", or ".join([*fixes, f"leave out {TRAIN}"]),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ds_core.config.section import Section
 
-__all__ = ["RARE", "all_sections", "rare_section", "plugin_section"]
+__all__ = ["OFF_IF_FALSE", "RARE", "all_sections", "rare_section", "plugin_section"]
 
 _SECTIONS = "ds_core.config.sections."
 RARE: dict[str, str] = {
@@ -31,7 +31,6 @@ RARE: dict[str, str] = {
     "curriculum_learning": "data:CurriculumLearningSection",
     "data_efficiency": "data:DataEfficiencySection",
     "datastates_ckpt": "storage:DatastatesSection",
-    "eigenvalue": "compression:EigenvalueSection",
     "elasticity": "elasticity:ElasticitySection",
     "expert_parallel": "parallel:ExpertParallelSection",
     "flops_profiler": "profiling:FlopsProfilerSection",
@@ -49,6 +48,8 @@ RARE: dict[str, str] = {
     "weight_quantization": "inference:WeightQuantizationSection",
 }
 """Top-level key -> module of ``ds_core.config.sections`` and class."""
+OFF_IF_FALSE = ("datastates_ckpt",)
+"""Sections that ``false`` leaves out, as null does: without a switch of their own, their presence turns them on."""
 
 
 def rare_section(name: str) -> type[Section]:
@@ -80,6 +81,6 @@ def plugin_section(name: str) -> type[Section]:
 def all_sections() -> Mapping[str, type[Section]]:
     """Return every top-level section of DeepSpeed's and ours -> its class, in alphabetical order; plugins' left out."""
     from ds_core.config.config import Config
-    from ds_core.config.problems import sections_of
+    from ds_core.config.paths import sections_of
 
     return dict(sorted({**sections_of(Config), **{name: rare_section(name) for name in RARE}}.items()))

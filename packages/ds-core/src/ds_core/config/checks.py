@@ -1,21 +1,23 @@
 """Rules across keys and sections: each returns its problems for a configuration whose sections are valid by themselves.
 
-A rule runs only when none of the sections it reads has a problem of its own.
+A rule runs only when nothing that it reads has a problem of its own.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from ds_core._packages import PACKAGE_OF_PLUGIN
+from ds_core.config.paths import open_paths
 from ds_core.config.precision_rules import PRECISION_RULES
-from ds_core.config.problems import Problem, dotted
-from ds_core.config.section import AUTO, show
+from ds_core.config.problems import Problem
+from ds_core.config.section import show
 
 if TYPE_CHECKING:
     from ds_core.config.config import Config
+    from ds_core.config.paths import Path
     from ds_core.config.sections.choices import ChoiceSection
     from ds_core.config.sections.optimizer import OptimizerSection, SchedulerSection
 
@@ -24,14 +26,20 @@ __all__ = ["check", "unresolved"]
 Rule = Callable[["Config"], Iterator[Problem]]
 
 
-def check(config: Config, invalid: set[str]) -> list[Problem]:
+def check(config: Config, bad: Iterable[Path]) -> list[Problem]:
     """Return the problems of ``config`` that show only when several keys are seen together.
 
     Args:
-        config: the configuration, with defaults in place of the sections in ``invalid``.
-        invalid: top-level keys that already have a problem.
+        config: the configuration, with defaults in place of what is bad.
+        bad: keys that have a problem of their own; rules that read them are left out.
     """
-    return [problem for reads, rule in RULES if invalid.isdisjoint(reads) for problem in rule(config)]
+    paths = {tuple(map(str, keys)) for keys in bad}
+
+    def is_bad(key: str) -> bool:
+        read = tuple(key.split("."))
+        return any(path[: len(read)] == read or read[: len(path)] == path for path in paths)
+
+    return [problem for reads, rule in RULES if not any(map(is_bad, reads)) for problem in rule(config)]
 
 
 def unresolved(config: Config) -> Iterator[Problem]:
@@ -39,27 +47,16 @@ def unresolved(config: Config) -> Iterator[Problem]:
     for name in ("optimizer", "scheduler"):
         section = getattr(config, name)
         given = {"type": section.type, "params": section.params} if section else {}
-        for path, value in _leaves(given, (name,)):
-            if value == AUTO:
-                yield Problem(dotted(path), '"auto" was not replaced by a value', "give a value, or remove the key")
-
-
-def _leaves(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _leaves(item, (*path, str(key)))
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from _leaves(item, (*path, index))
-    elif isinstance(value, str):
-        yield path, value
+        for path in open_paths(given):
+            yield Problem((name, *path), '"auto" was not replaced by a value', "give a value, or remove the key")
 
 
 def _own_partition(config: Config) -> Iterator[Problem]:
     if config.partition.type is not None and config.zero_optimization.stage > 0:
         yield Problem(
-            "partition.type",
-            f"got {show(config.partition.type)}, and zero_optimization.stage is {config.zero_optimization.stage}",
+            ("partition", "type"),
+            f"got {show(config.partition.type)}, which takes the place of ZeRO, and zero_optimization.stage is "
+            f"{config.zero_optimization.stage}",
             'remove "type" from "partition", or set "stage" to 0',
         )
 
@@ -73,7 +70,7 @@ def _offload_at_stage(config: Config) -> Iterator[Problem]:
         if section is None or section.device == "none" or zero.stage in stages:
             continue
         needs = "stage 3" if stages == (3,) else "stage 1, 2 or 3"
-        yield Problem.at(
+        yield Problem(
             ("zero_optimization", name),
             f"device is {show(section.device)}, which needs ZeRO {needs}, and zero_optimization.stage is {zero.stage}",
             f'set "stage" to {stages[-1]}, or remove "{name}"',
@@ -86,7 +83,7 @@ def _files_need_a_folder(config: Config) -> Iterator[Problem]:
     zero = config.zero_optimization
     for name, section in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_param)):
         if section is not None and section.device == "nvme" and not section.nvme_path and zero.stage > 0:
-            yield Problem.at(
+            yield Problem(
                 ("zero_optimization", name, "nvme_path"),
                 'is missing, and device is "nvme"',
                 'add "nvme_path", a folder on a fast disk of every node',
@@ -97,7 +94,7 @@ def _offload_ratio(config: Config) -> Iterator[Problem]:
     offload = config.zero_optimization.offload_optimizer
     if offload is not None and offload.ratio < 1 and config.zero_optimization.stage != 3:
         yield Problem(
-            "zero_optimization.offload_optimizer.ratio",
+            ("zero_optimization", "offload_optimizer", "ratio"),
             f"got {offload.ratio}, below 1 is possible at stage 3 only, not at stage {config.zero_optimization.stage}",
             'set "ratio" to 1, or "stage" to 3',
         )
@@ -108,7 +105,7 @@ ONE_BIT = ("onebitadam", "onebitlamb", "zerooneadam")
 
 def _no_zero_with_one_bit(config: Config) -> Iterator[Problem]:
     if config.optimizer is not None and config.optimizer.type.lower() in ONE_BIT and config.zero_optimization.stage > 0:
-        yield Problem.at(
+        yield Problem(
             ("optimizer", "type"),
             f"got {show(config.optimizer.type)}, which compresses whole gradients, and zero_optimization.stage is "
             f"{config.zero_optimization.stage}",
@@ -119,7 +116,7 @@ def _no_zero_with_one_bit(config: Config) -> Iterator[Problem]:
 def _arguments(section_name: str) -> Rule:
     def rule(config: Config) -> Iterator[Problem]:
         section: OptimizerSection | SchedulerSection | None = getattr(config, section_name)
-        if section is not None and section.params:
+        if section is not None:
             from ds_core.config.sections.arguments import argument_problems  # as many classes as all others together
 
             yield from argument_problems(section_name, section.type, section.params)
@@ -130,7 +127,7 @@ def _arguments(section_name: str) -> Rule:
 def _no_max_grad_norm(config: Config) -> Iterator[Problem]:
     if config.optimizer is not None and "max_grad_norm" in config.optimizer.params:
         yield Problem(
-            "optimizer.params.max_grad_norm",
+            ("optimizer", "params", "max_grad_norm"),
             "is not an argument of the optimizer",
             'write it as "gradient_clipping" at the top level',
         )
@@ -151,23 +148,25 @@ def _plugin_names(section_name: str) -> Rule:
             close = difflib.get_close_matches(name, words, n=1, cutoff=0.8)
             # Short names differ by one letter on purpose: fp6 is not a slip of fp16.
             if close and name not in known and len(name) >= 5:
-                yield Problem(f"{section_name}.{name}", "no plugin is called so", f'did you mean "{close[0]}"?')
+                yield Problem((section_name, name), "no plugin is called so", f'did you mean "{close[0]}"?')
 
     return rule
 
 
+_STAGE = "zero_optimization.stage"
+_OFFLOAD = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
 RULES: list[tuple[set[str], Rule]] = [
     *PRECISION_RULES,
-    ({"partition", "zero_optimization"}, _own_partition),
-    ({"zero_optimization"}, _offload_at_stage),
-    ({"zero_optimization"}, _files_need_a_folder),
-    ({"zero_optimization"}, _offload_ratio),
-    ({"optimizer", "zero_optimization"}, _no_zero_with_one_bit),
-    ({"optimizer"}, _no_max_grad_norm),
-    ({"optimizer"}, _arguments("optimizer")),
-    ({"scheduler"}, _arguments("scheduler")),
+    ({"partition.type", _STAGE}, _own_partition),
+    ({_STAGE, *_OFFLOAD}, _offload_at_stage),
+    ({_STAGE, *_OFFLOAD}, _files_need_a_folder),
+    ({_STAGE, *_OFFLOAD}, _offload_ratio),
+    ({_STAGE, "optimizer.type"}, _no_zero_with_one_bit),
+    ({"optimizer.params"}, _no_max_grad_norm),
+    ({"optimizer.type", "optimizer.params"}, _arguments("optimizer")),
+    ({"scheduler.type", "scheduler.params"}, _arguments("scheduler")),
     ({"checkpoint"}, _plugin_names("checkpoint")),
     ({"precision"}, _plugin_names("precision")),
     ({"partition"}, _plugin_names("partition")),
 ]
-"""(top-level keys the rule reads, the rule)."""
+"""(keys and sections the rule reads, the rule)."""

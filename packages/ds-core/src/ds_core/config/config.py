@@ -14,6 +14,7 @@ from ds_core.config.sections.monitors import CsvMonitorSection
 from ds_core.config.sections.optimizer import OptimizerSection, SchedulerSection
 from ds_core.config.sections.precision import Bf16Section, DataTypesSection, Fp16Section, TorchAutocastSection
 from ds_core.config.sections.zero import ZeroSection
+from ds_core.config.showing import printable
 from ds_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ Lowered = BeforeValidator(lowered)
 class Config(Section):
     """A checked configuration with resolved batch sizes. Made by ``load_config``.
 
-    Keys not given have their defaults, so every attribute is there and has the type declared here.
+    Keys not given have their defaults, so every attribute is there and has the type declared here. Attributes are
+    frozen, at every depth; dicts and what is in them are not (:attr:`raw`).
     """
 
     source = "spec/core.md 2.2, 2.3"
@@ -84,7 +86,7 @@ class Config(Section):
     """What becomes of the gradients of different ranks."""
     communication_data_type: DtypeName | None = None
     """Dtype of gradients inside a collective; null is the precision's own."""
-    seq_parallel_communication_data_type: Annotated[DtypeName | None, NotBuilt("float32")] = "float32"
+    seq_parallel_communication_data_type: Annotated[DtypeName, NotBuilt("float32")] = "float32"
     """The same, with sequence parallelism."""
     sparse_gradients: Annotated[bool, NotBuilt(False)] = False
     """Reduce gradients of embeddings as sparse tensors."""
@@ -104,15 +106,15 @@ class Config(Section):
     """Log memory around forward, backward and step."""
     dump_state: Annotated[bool, NotBuilt(False)] = False
     """Log the engine's state once it is built."""
-    vocabulary_size: Annotated[PositiveInt | None, NotBuilt(None)] = None
-    """Warn where this is not a multiple of 8."""
+    vocabulary_size: PositiveInt | None = None
+    """Entries of the model's vocabulary; ``initialize`` warns where they are no multiple of 8."""
     graph_harvesting: Annotated[bool, NotBuilt(False)] = False
     """CUDA graphs in the bf16 optimizer."""
     use_data_before_expert_parallelism: Annotated[bool, NotBuilt(False)] = False
     """Order of the ranks in expert groups."""
     sequence_parallel_size: Annotated[Int | None, NotBuilt(None, 1)] = None
     """Ranks that share one sequence."""
-    data_parallel_size: Annotated[Int | None, NotBuilt(None)] = None
+    data_parallel_size: Annotated[Int | None, NotBuilt(None, 1)] = None
     """Ranks that see different data."""
 
     optimizer: OptimizerSection | None = None
@@ -138,14 +140,32 @@ class Config(Section):
     csv_monitor: CsvMonitorSection = Field(default_factory=CsvMonitorSection)
     """Writes every event to a CSV file."""
 
+    # Set by `of` and `with_sections` alone, on a copy.
     _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
     _further: dict[str, Section] = PrivateAttr(default_factory=dict)
     _ignored: tuple[str, ...] = PrivateAttr(default=())
+    _dropped: dict[str, str] = PrivateAttr(default_factory=dict)
     _where: str = PrivateAttr(default="config dict")
+
+    def with_sections(self, further: Mapping[str, Section]) -> Config:
+        """Return a copy that also has the sections ``further``."""
+        config = self.model_copy()
+        config._further = dict(further)
+        return config
+
+    def of(self, raw: dict[str, Any], *, where: str, ignored: tuple[str, ...], dropped: Mapping[str, str]) -> Config:
+        """Return a copy that knows what it was made from; the arguments are the properties of the same names."""
+        config = self.model_copy()
+        config._raw, config._where, config._ignored, config._dropped = raw, where, ignored, dict(dropped)
+        return config
 
     @property
     def raw(self) -> dict[str, Any]:
-        """The configuration as given: a copy of the caller's dict, or what the file says."""
+        """The configuration as given: a copy of the caller's dict, or what the file says.
+
+        It is a plain dict, since clients read it as one, and so are ``optimizer.params`` and ``scheduler.params``.
+        Nothing that was built reads them again, so what is written there later has no effect.
+        """
         return self._raw
 
     @property
@@ -157,6 +177,11 @@ class Config(Section):
     def ignored(self) -> tuple[str, ...]:
         """Dotted paths of the keys that compatibility mode dropped."""
         return self._ignored
+
+    @property
+    def dropped(self) -> Mapping[str, str]:
+        """Dotted path of each deprecated key that is read as nothing -> what to do about it."""
+        return self._dropped
 
     @property
     def sections(self) -> Mapping[str, Section]:
@@ -183,8 +208,22 @@ class Config(Section):
         return model.model_validate({})
 
     def enables(self, name: str) -> bool:
-        """Return whether section ``name`` is enabled; a precision also where ``precision.type`` names it."""
-        return bool(getattr(self, name).enabled) or self.precision.type == name
+        """Return whether section ``name`` is on; a precision also where ``precision.type`` names it."""
+        section = self.sections.get(name)
+        return section is not None and (section.is_on() or self.precision.type == name)
+
+    def plugin(self, section: str) -> str:
+        """Return the name of the plugin in force: what ``section`` says, else what the core chooses.
+
+        Args:
+            section: ``"checkpoint"``, ``"precision"`` or ``"partition"``.
+        """
+        chosen: str | None = getattr(self, section).chosen
+        if chosen is not None:
+            return chosen
+        if section == "partition":
+            return "replicated" if self.zero_optimization.stage == 0 else str(self.zero_optimization.stage)
+        return next((name for name in ("fp16", "bf16", "torch_autocast") if self.enables(name)), "fp32")
 
     def options(self, section: str, name: str, model: type[S] | None) -> S | None:
         """Return the options of plugin ``name``: its sub-section ``section.name``, checked.
@@ -207,7 +246,7 @@ class Config(Section):
         if model is None:
             if given:
                 raise ConfigError(
-                    f"{section}.{name}: {name!r} takes no options, got {', '.join(given)}",
+                    f"{section}.{name}: {name!r} takes no options, got {', '.join(map(printable, given))}",
                     where=self._where,
                     fix=f'remove "{name}" from "{section}"',
                 )
@@ -215,8 +254,3 @@ class Config(Section):
         options, problems = validate(model, given, path=(section, name))
         raise_problems(problems, where=self._where)
         return options
-
-    @classmethod
-    def prepare(cls, data: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Read a section that is null as absent."""
-        return {name: value for name, value in super().prepare(data).items() if value is not None}

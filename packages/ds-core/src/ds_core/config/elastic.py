@@ -102,21 +102,21 @@ def _contradictions(section: ElasticitySection) -> Iterator[Problem]:
     least, most = section.min_gpus, section.max_gpus
     parallel, node = section.model_parallel_size, section.num_gpus_per_node
     if least > most:
-        yield Problem.at(
+        yield Problem(
             ("elasticity", "min_gpus"),
             f"got {least}, more than max_gpus, {most}",
             f"set elasticity.min_gpus to {most}, or set elasticity.max_gpus to {least}",
         )
     if parallel > 1 and section.version != 0.2:
         newer = "set elasticity.version to 0.2, or " if node % parallel == 0 else ""
-        yield Problem.at(
+        yield Problem(
             ("elasticity", "model_parallel_size"),
             f"got {parallel}, more than 1 needs version 0.2, and version is {section.version}",
             f"{newer}set elasticity.model_parallel_size to 1",
         )
     elif node % parallel:
         below = next(size for size in range(min(parallel, node), 0, -1) if node % size == 0)
-        yield Problem.at(
+        yield Problem(
             ("elasticity", "num_gpus_per_node"),
             f"got {node}, not a multiple of model_parallel_size, {parallel}",
             f"set elasticity.num_gpus_per_node to {-(-node // parallel) * parallel},"
@@ -137,9 +137,9 @@ def check_scheduler(section: ElasticitySection, environ: Mapping[str, str]) -> l
     try:
         theirs = json.loads(text)
     except (ValueError, RecursionError):  # the second where it is nested thousands deep
-        return [Problem(SCHEDULER, f"got {show(text)}, which is not JSON", "correct it, or unset it")]
+        return [Problem((SCHEDULER,), f"got {show(text)}, which is not JSON", "correct it, or unset it")]
     if not isinstance(theirs, dict):
-        return [Problem(SCHEDULER, f"got {show(theirs)}, must be an object {{ ... }}", "correct it, or unset it")]
+        return [Problem((SCHEDULER,), f"got {show(theirs)}, must be an object {{ ... }}", "correct it, or unset it")]
     shared = ("max_train_batch_size", "micro_batch_sizes", "version")
     seen, problems = validate(
         ElasticitySection, {key: theirs[key] for key in shared if key in theirs}, path=(SCHEDULER,)
@@ -147,7 +147,7 @@ def check_scheduler(section: ElasticitySection, environ: Mapping[str, str]) -> l
     if seen is None:
         return problems
     return [
-        Problem.at(
+        Problem(
             ("elasticity", key),
             f"got {show(getattr(section, key))}, and {SCHEDULER} says {show(getattr(seen, key))}",
             f"set elasticity.{key} to what the scheduler says, or unset {SCHEDULER}",

@@ -12,16 +12,17 @@ from ds_core import log
 from ds_core.config.catalog import RARE
 from ds_core.config.config import Config
 from ds_core.config.loading import load_config
-from ds_core.config.problems import Problem, raise_problems, validate
+from ds_core.config.problems import raise_problems, validate
 from ds_core.config.reading import copied, read
 from ds_core.config.section import PositiveInt, Section
+from ds_core.config.showing import without_secrets
 from ds_core.errors import ConfigError
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from ds_core.config.reading import Source
+    from ds_core.config.reading import Document, Source
 
 __all__ = ["DeepSpeedConfig", "DeepSpeedConfigWriter", "MonitorConfig", "data_parallel_world_size"]
 
@@ -52,10 +53,11 @@ class DeepSpeedConfig:
     (2, False, False)
     """
 
-    def __init__(self, config: Source, mpu: Any = None, mesh_device: Any = None) -> None:
+    def __init__(self, config: Source | Document, mpu: Any = None, mesh_device: Any = None) -> None:
         self.global_rank, _ = _rank_and_world_size()
-        self.world_size = data_parallel_world_size(config, mpu, mesh_device)
-        self.config: Config = load_config(config, dp_world_size=self.world_size)
+        document = read(config)
+        self.world_size = data_parallel_world_size(document, mpu, mesh_device)
+        self.config: Config = load_config(document, dp_world_size=self.world_size)
 
     def __getattr__(self, name: str) -> Any:
         # Without a config nothing was loaded yet: unpickling and copying ask before __init__ has run.
@@ -88,8 +90,9 @@ class DeepSpeedConfig:
         """Log every attribute and the JSON, at INFO, under the heading ``name``."""
         log.configure(None)  # who asks to see it should, also before ``initialize``
         lines = [f"{name}:", *(f"  {attribute:<40} {getattr(self, attribute)!r}" for attribute in self._attributes())]
+        shown = without_secrets(self.config.raw)
         # Objects that a dict may hold, such as groups, have no JSON: they print as they are.
-        log.logger.info("%s\n  json = %s", "\n".join(lines), json.dumps(self.config.raw, indent=4, default=str))
+        log.logger.info("%s\n  json = %s", "\n".join(lines), json.dumps(shown, indent=4, default=str))
 
     @property
     def zero_optimization_stage(self) -> int:
@@ -105,7 +108,7 @@ class DeepSpeedConfig:
 
     @property
     def optimizer_params(self) -> dict[str, Any] | None:
-        return self.config.optimizer.params if self.config.optimizer else None
+        return dict(self.config.optimizer.params) if self.config.optimizer else None
 
     @property
     def optimizer_legacy_fusion(self) -> bool:
@@ -117,7 +120,7 @@ class DeepSpeedConfig:
 
     @property
     def scheduler_params(self) -> dict[str, Any] | None:
-        return self.config.scheduler.params if self.config.scheduler else None
+        return dict(self.config.scheduler.params) if self.config.scheduler else None
 
     @property
     def monitor_config(self) -> MonitorConfig:
@@ -150,7 +153,7 @@ class _SequenceParallel(Section):
     sequence_parallel_size: PositiveInt | None = None
 
 
-def data_parallel_world_size(config: Source, mpu: Any = None, mesh_device: Any = None) -> int:
+def data_parallel_world_size(config: Source | Document, mpu: Any = None, mesh_device: Any = None) -> int:
     """Return the number of data-parallel ranks, as DeepSpeed's batch rule counts them.
 
     That is ``mpu.get_data_parallel_world_size()`` where there is one, else the ranks of ``torch.distributed`` (1
@@ -190,7 +193,7 @@ def data_parallel_world_size(config: Source, mpu: Any = None, mesh_device: Any =
     return world_size if size is None else _divided(world_size, size, "sequence_parallel_size")
 
 
-def _sequence_parallel_size(config: Source) -> int | None:
+def _sequence_parallel_size(config: Source | Document) -> int | None:
     raw: Mapping[str, Any] = read(config).raw
     key = "sequence_parallel_size"
     # A wrong value is told with all other problems, by who loads the configuration.
@@ -243,8 +246,7 @@ class DeepSpeedConfigWriter:
             ConfigError: it cannot be read, or gives a key twice.
         """
         document = read(Path(filename))
-        twice = [Problem.at(keys, "is given twice in one object", "keep one of the two") for keys in document.twice]
-        raise_problems(twice, where=document.where)
+        raise_problems(document.duplicates(), where=document.where)
         self.data = document.raw
 
     def write_config(self, filename: str | os.PathLike[str]) -> None:

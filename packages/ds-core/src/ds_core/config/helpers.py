@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from ds_core.config.section import is_auto
+from ds_core.config.showing import printable
 from ds_core.errors import ConfigError, nearest
 from ds_core.log import logger
 
@@ -166,7 +167,7 @@ def get_config_default(config: type[BaseModel], field_name: str) -> Any:
 
 
 def get_scalar_param(param_dict: Mapping[str, Any], param_name: str, param_default_value: Any) -> Any:
-    """Return ``param_dict[param_name]``, or the default where it is not given.
+    """Return ``param_dict[param_name]``, or the default where it is not given; ``get_list_param`` and the like are it.
 
     >>> get_scalar_param({"depth": 3}, "depth", 1), get_scalar_param({}, "depth", 1)
     (3, 1)
@@ -174,22 +175,8 @@ def get_scalar_param(param_dict: Mapping[str, Any], param_name: str, param_defau
     return param_dict.get(param_name, param_default_value)
 
 
-def get_list_param(param_dict: Mapping[str, Any], param_name: str, param_default_value: Any) -> Any:
-    """Return the list at ``param_name``, or the default where it is not given.
-
-    >>> get_list_param({"sizes": [2, 4]}, "sizes", [])
-    [2, 4]
-    """
-    return param_dict.get(param_name, param_default_value)
-
-
-def get_dict_param(param_dict: Mapping[str, Any], param_name: str, param_default_value: Any) -> Any:
-    """Return the object at ``param_name``, or the default where it is not given.
-
-    >>> get_dict_param({}, "options", {"fast": True})
-    {'fast': True}
-    """
-    return param_dict.get(param_name, param_default_value)
+get_list_param = get_scalar_param
+get_dict_param = get_scalar_param
 
 
 class pp_int(int):  # noqa: N801 - DeepSpeed's name
@@ -301,5 +288,5 @@ def dict_raise_error_on_duplicate_keys(ordered_pairs: Iterable[tuple[str, Any]])
     pairs = list(ordered_pairs)
     twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if twice:
-        raise ConfigError(f"keys given twice in one object: {', '.join(twice)}", fix="keep one of each")
+        raise ConfigError(f"keys given twice in one object: {', '.join(map(printable, twice))}", fix="keep one of each")
     return dict(pairs)

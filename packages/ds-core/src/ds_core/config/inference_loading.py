@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ds_core import log
+from ds_core.config.migrate import Renamed, migrate
 from ds_core.config.problems import Problem, placed, raise_problems, validate
 from ds_core.config.reading import Document, copied, read
 from ds_core.config.section import show
 from ds_core.config.sections.inference import InferenceSection
-from ds_core.config.sections.moved import Moved
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from ds_core.config.reading import Source
 
 __all__ = ["load_inference_config"]
@@ -22,7 +21,7 @@ __all__ = ["load_inference_config"]
 ARGUMENTS = "arguments of init_inference"
 
 
-def load_inference_config(config: Source | None = None, **kwargs: Any) -> InferenceSection:
+def load_inference_config(config: Source | Document | None = None, **kwargs: Any) -> InferenceSection:
     """Return the configuration of an inference engine, checked.
 
     A key may be in ``config`` or among ``kwargs``; in both only if they mean the same. DeepSpeed's documentation says
@@ -40,15 +39,24 @@ def load_inference_config(config: Source | None = None, **kwargs: Any) -> Infere
     'float16'
     """
     document = Document({}, ARGUMENTS) if config is None else read(config)
-    problems = [Problem.at(keys, "is given twice in one object", "keep one of the two") for keys in document.twice]
     merged, contradictions = _merged(document.raw, copied(kwargs, where=ARGUMENTS))
-    section, found = validate(InferenceSection, merged)
-    problems += [placed(problem, document, {}) for problem in (*contradictions, *found)]
-    raise_problems(problems, where=document.where)
+    data, renamed, old = _migrated(merged)
+    section, found = validate(InferenceSection, data)
+    written = {row.new: row.old for row in renamed if row.new is not None}
+    problems = [placed(problem, document, written) for problem in (*contradictions, *old, *found)]
+    raise_problems([*document.duplicates(), *problems], where=document.where)
     assert section is not None
-    for warning in _deprecated(merged):
-        log.log_dist(warning, level=logging.WARNING)
+    for row in renamed:
+        log.log_dist(str(row), level=logging.WARNING)
     return section
+
+
+def _migrated(data: dict[str, Any]) -> tuple[dict[str, Any], list[Renamed], list[Problem]]:
+    """Return ``data`` in today's words, what was renamed, and old keys that cannot be: those of a training config."""
+    result, renamed, problems = migrate({"inference": data})
+    # There the section has a name, here it is the whole.
+    rows = [replace(row, old=row.old[1:], new=row.new and row.new[1:]) for row in renamed]
+    return result["inference"], rows, [replace(problem, keys=problem.keys[1:]) for problem in problems]
 
 
 def _merged(given: dict[str, Any], arguments: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
@@ -65,7 +73,7 @@ def _merged(given: dict[str, Any], arguments: dict[str, Any]) -> tuple[dict[str,
             text = (
                 f"got {show(value)} as an argument of init_inference, but {show(given[written])} in the configuration"
             )
-            problems.append(Problem.at((written,), text, "give it in one place"))
+            problems.append(Problem((written,), text, "give it in one place"))
     return merged, problems
 
 
@@ -77,16 +85,3 @@ def _mean_the_same(field: str, one: Any, other: Any) -> bool:
     return bool(
         one == other if None in sections or field not in InferenceSection.model_fields else sections[0] == sections[1]
     )
-
-
-def _deprecated(given: Iterable[str]) -> list[str]:
-    """Return a sentence for each deprecated key."""
-    found = []
-    for name in given:
-        for marker in InferenceSection.model_fields[InferenceSection.fields_by_key()[name]].metadata:
-            if isinstance(marker, Moved):
-                found.append(f'{name} is deprecated: write "{marker.section}": {{"{marker.key}": ...}}')
-    return [
-        *found,
-        *(["replace_method is deprecated and has no effect: remove it"] if "replace_method" in given else []),
-    ]

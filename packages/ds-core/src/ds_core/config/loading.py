@@ -1,10 +1,15 @@
-"""``examine`` reads a configuration and finds everything wrong with it; ``load_config`` raises that, once."""
+"""``examine`` reads a configuration and finds everything wrong with it; ``load_config`` raises that, once.
+
+Note: seeing all at once. What is wrong by itself hides what is wrong with the rest: a section with one bad key is no
+section. So what has a problem is put right as its author probably meant it (a misspelt key gets its right name) or else
+left out, until the rest is valid by itself. Then the rules across keys run, except those that read what was bad.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ds_core import log
@@ -13,22 +18,26 @@ from ds_core.config.batch import BatchSizes, resolve_batch
 from ds_core.config.checks import check, unresolved
 from ds_core.config.config import BatchKeys, Config
 from ds_core.config.migrate import Renamed, migrate
-from ds_core.config.problems import Problem, placed, raise_problems, unknown_key, validate
+from ds_core.config.paths import dotted
+from ds_core.config.problems import MANY, Problem, as_written, in_order, placed, raise_problems, unknown_key, validate
 from ds_core.config.reading import Document, Source, copied, read
 from ds_core.config.section import AUTO, Section, show
+from ds_core.config.unknown import COMPATIBLE_VARIABLE
 from ds_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Mapping, Sequence
 
+    from ds_core.config.paths import Path
     from ds_core.config.sections.elasticity import ElasticitySection
 
 __all__ = ["COMPATIBLE_VARIABLE", "Examined", "examine", "find_problems", "load_config"]
 
 BATCH = tuple(BatchKeys.model_fields)
-COMPATIBLE_VARIABLE = "DS_CONFIG_COMPATIBLE"
-"""Environment variable that turns compatibility mode on where the caller does not choose: 1, or 0."""
-
+FILLER = BatchSizes(1, 1, 1, 1)
+"""Sizes that only fill the place, where none are asked for or they are wrong."""
+GONE = object()
+"""Stands for a key that is not there; None may be a key."""
 SCHEMA_KEY = "$schema"
 """The key in which a file names its JSON Schema, for editors."""
 
@@ -47,11 +56,13 @@ class Examined:
     """Deprecated keys that were read as others."""
     document: Document
     """What was given."""
+    migrated: Mapping[str, Any]
+    """The same in today's words."""
     dp_world_size: int | None
     """Data-parallel ranks that the batch sizes are for; None: they were left open, and ``config`` has 1 for each."""
 
 
-def load_config(source: Source, *, dp_world_size: int = 1, compatible: bool | None = None) -> Config:
+def load_config(source: Source | Document, *, dp_world_size: int = 1, compatible: bool | None = None) -> Config:
     """Return the configuration in ``source``, checked, with its batch sizes resolved.
 
     Args:
@@ -72,11 +83,13 @@ def load_config(source: Source, *, dp_world_size: int = 1, compatible: bool | No
     for renamed in examined.renamed:
         log.log_dist(str(renamed), level=logging.WARNING)
     for problem in examined.warnings:
-        log.log_dist(f"ignored, as DeepSpeed does: {problem}", level=logging.WARNING)
+        log.log_dist(f"ignored in compatibility mode: {problem}", level=logging.WARNING)
     return examined.config
 
 
-def find_problems(source: Source, *, dp_world_size: int | None = None, compatible: bool | None = None) -> list[Problem]:
+def find_problems(
+    source: Source | Document, *, dp_world_size: int | None = None, compatible: bool | None = None
+) -> list[Problem]:
     """Return what is wrong with the configuration in ``source``, an empty list if nothing is.
 
     Args:
@@ -94,7 +107,7 @@ def find_problems(source: Source, *, dp_world_size: int | None = None, compatibl
     return list(examine(source, dp_world_size=dp_world_size, compatible=compatible).problems)
 
 
-def examine(source: Source, *, dp_world_size: int | None = None, compatible: bool | None = None) -> Examined:
+def examine(source: Source | Document, *, dp_world_size: int | None = None, compatible: bool | None = None) -> Examined:
     """Return the configuration in ``source`` and everything found in it; arguments as for :func:`find_problems`.
 
     Raises:
@@ -102,24 +115,28 @@ def examine(source: Source, *, dp_world_size: int | None = None, compatible: boo
     """
     is_compatible = _from_environment() if compatible is None else compatible
     document = read(source)
-    twice = [Problem.at(keys, "is given twice in one object", "keep one of the two") for keys in document.twice]
-    raw, renamed, problems = migrate(document.raw)
-    config, found = _check(raw, dp_world_size)
-    warnings: list[Problem] = []
-    # Dropping a key can uncover another: a section whose keys are all dropped, a rule that runs on valid sections only.
-    while is_compatible and (ignored := [problem for problem in found if problem.ignorable]):
-        warnings += ignored
-        raw = _without(raw, ignored, document.where)
-        config, found = _check(raw, dp_world_size)
+    migrated, renamed, old = migrate(document.raw)
+    # The keys of these are dropped already.
+    old_ignored = [problem for problem in old if problem.ignorable and is_compatible]
+    found = _check(copied(migrated, where=document.where), dp_world_size, is_compatible)
     written = {row.new: row.old for row in renamed if row.new is not None}
-    config._raw, config._where = document.raw, document.where
-    config._ignored = tuple(problem.path for problem in warnings)
+    problems = [
+        placed(problem, document, {**written, **found.guessed})
+        for problem in (*document.duplicates(), *old, *found.problems)
+    ]
+    warnings = [placed(problem, document, written) for problem in (*old_ignored, *found.warnings)]
     return Examined(
-        config,
-        tuple(placed(problem, document, written) for problem in (*twice, *problems, *found)),
-        tuple(placed(problem, document, written) for problem in warnings),
+        found.config.of(
+            document.raw,
+            where=document.where,
+            ignored=tuple(problem.path for problem in warnings),
+            dropped={dotted(row.old): row.text for row in renamed if row.new is None},
+        ),
+        tuple(in_order([problem for problem in problems if problem not in warnings], document)),
+        tuple(in_order(warnings, document)),
         tuple(renamed),
         document,
+        migrated,
         dp_world_size,
     )
 
@@ -137,89 +154,194 @@ def _from_environment() -> bool:
     )
 
 
-def _without(raw: dict[str, Any], problems: Iterable[Problem], where: str) -> dict[str, Any]:
-    """Return ``raw`` without the keys of ``problems``."""
-    left = copied(raw, where=where)
-    for problem in problems:
-        holder: Any = left
-        for key in problem.keys[:-1]:
-            holder = holder[key]
-        del holder[problem.keys[-1]]
-    return left
+@dataclass
+class _Found:
+    config: Config
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+    guessed: dict[Path, Path] = field(default_factory=dict)
+    """Where a misspelt or misplaced key was read -> where it was written."""
 
 
-def _check(raw: dict[str, Any], dp_world_size: int | None) -> tuple[Config, list[Problem]]:
-    """Return the configuration in ``raw`` and its problems; with problems, parts of it are defaults."""
-    known, further, problems = _sorted_out(raw)
-    given = {key: known.pop(key) for key in BATCH if key in known}
-    # Elasticity that is on but wrong would have chosen the sizes: that none are given is no problem of its own.
-    elastic = raw.get("elasticity")
-    is_open = "elasticity" not in further and isinstance(elastic, dict) and bool(elastic.get("enabled"))
-    batch, batch_problems = _batch(given, further.get("elasticity"), None if is_open else dp_world_size)
-    problems += batch_problems
-    sizes = dict(zip(BATCH, (batch.train, batch.micro, batch.accumulation), strict=True))
-    config, section_problems = validate(Config, {**known, **sizes})
-    problems += section_problems
-    invalid: set[str] = {str(problem.keys[0]) for problem in problems if problem.keys}
-    if config is None:
-        # The rest must still be seen together, so what is wrong by itself gives way to its default.
-        good = {key: value for key, value in known.items() if validate(Config, {key: value, **sizes})[0] is not None}
-        invalid |= {Config.fields_by_key().get(key, key) for key in known.keys() - good.keys()}
-        config, _ = validate(Config, {**good, **sizes})
-        if config is None:  # two names of one section, each valid by itself
-            return Config.model_validate(sizes), problems
-    config._further = further
-    problems += check(config, invalid)
-    if dp_world_size is not None:
-        problems += unresolved(config)
-    return config, problems
+def _check(raw: dict[str, Any], dp_world_size: int | None, is_compatible: bool) -> _Found:
+    """Find everything wrong with ``raw``, in which what is wrong is put right or left out; see the note above."""
+    found = _Found(Config.model_validate(_sizes(FILLER)))
+    while True:
+        parts = _parts(raw)
+        wrong = parts.problems
+        is_last = not wrong
+        if is_last:
+            found.config, wrong = _together(parts, found.problems, dp_world_size)
+            ignored = [problem for problem in wrong if problem.ignorable and is_compatible]
+            # What DeepSpeed ignores is taken out, and the rest found again without it.
+            is_last, wrong = not ignored, ignored or wrong
+        new = list({(problem.keys, problem.text): problem for problem in wrong}.values())
+        new = [problem for problem in new if not _is_consequence(problem, [*found.problems, *new])]
+        found.warnings += [problem for problem in new if problem.ignorable and is_compatible]
+        found.problems += [problem for problem in new if not (problem.ignorable and is_compatible)]
+        if is_last:
+            return found
+        if not _put_right(raw, wrong, None if is_compatible else found.guessed):
+            # A place that is nowhere in what was written: the innermost section around it goes.
+            keys = wrong[0].keys
+            around = (_deepest(raw, keys[:length]) for length in range(len(keys), 0, -1))
+            holder, key = next(found for found in around if found[1] is not GONE)
+            del holder[key]
 
 
-def _sorted_out(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Section], list[Problem]]:
-    """Return the keys that ``Config`` has, the checked sections it has not, and the problems of all other keys."""
+def _is_consequence(problem: Problem, told: Sequence[Problem]) -> bool:
+    """Return whether a key is missing only because it was wrong, or was given under another name, or told already."""
+    keys = problem.keys
+    return problem.kind == "missing" and any(
+        other.meant == keys or (other is not problem and other.keys[: len(keys)] == keys) for other in told
+    )
+
+
+@dataclass
+class _Parts:
+    """A configuration taken apart: each part valid by itself, if there are no problems."""
+
+    known: dict[str, Any]
+    """What ``Config`` declares, as it was written."""
+    batch: BatchKeys
+    unresolved: list[str]
+    """Batch sizes that are ``"auto"``."""
+    further: dict[str, Section]
+    """Sections that ``Config`` does not declare."""
+    problems: list[Problem]
+
+
+def _parts(raw: Mapping[str, Any]) -> _Parts:
     known: dict[str, Any] = {}
     foreign: dict[str, Any] = {}
     further: dict[str, Section] = {}
     problems: list[Problem] = []
     for key, value in raw.items():
         if not isinstance(key, str):
-            problems.append(Problem(str(key), f"a key must be text, got {show(key)}", f'write it as "{key}"'))
-        elif key == SCHEMA_KEY:
-            continue
-        elif key not in Config.fields_by_key() and (value is None or value == AUTO):
-            # A section that is null is absent; one that nobody knows is told below, whatever its value.
-            foreign |= {} if key in catalog.RARE else {key: value}
+            problems.append(Problem((str(key),), f"a key must be text, got {show(key)}", f'write it as "{key}"'))
         elif key in Config.fields_by_key():
             known[key] = value
-        elif key in catalog.RARE:
-            section, found = _section(catalog.rare_section(key), key, value)
-            problems += found
-            further |= {key: section} if section is not None else {}
-        else:
-            foreign[key] = value
+        elif key not in catalog.RARE:
+            foreign |= {} if key == SCHEMA_KEY else {key: value}
+        elif not _is_absent(key, value):
+            problems += _read_section(catalog.rare_section(key), key, value, further)
     if foreign:
         from ds_core import registry  # slow to import, and few configurations need it
 
         own = registry.names("config")
-        for key, value in foreign.items():
-            if key not in own:
-                problems.append(unknown_key(Config, (key,), value, others=(*catalog.RARE, *own)))
-                continue
-            section, found = _section(catalog.plugin_section(key), key, {} if value in (None, AUTO) else value)
-            problems += found
-            further |= {key: section} if section is not None else {}
-    return known, further, problems
+        unknown = [key for key in foreign if key not in own]
+        others = (*catalog.RARE, *own)
+        problems += [
+            unknown_key(Config, (key,), foreign[key], others=others, advise=index < MANY)
+            for index, key in enumerate(unknown)
+        ]
+        for key in foreign.keys() & set(own):
+            value = {} if _is_absent(key, foreign[key]) else foreign[key]
+            problems += _read_section(catalog.plugin_section(key), key, value, further)
+    given = {key: known.pop(key) for key in BATCH if key in known}
+    batch, of_batch = validate(BatchKeys, given)
+    _, of_config = validate(Config, {**known, **_sizes(FILLER)})
+    open_sizes = [key for key, value in given.items() if isinstance(value, str) and value == AUTO]
+    return _Parts(known, batch or BatchKeys(), open_sizes, further, [*problems, *of_batch, *of_config])
 
 
-def _section(model: type[Section], name: str, value: Any) -> tuple[Section | None, list[Problem]]:
+def _sizes(batch: BatchSizes) -> dict[str, int]:
+    return dict(zip(BATCH, (batch.train, batch.micro, batch.accumulation), strict=True))
+
+
+def _put_right(raw: dict[str, Any], problems: Sequence[Problem], guessed: dict[Path, Path] | None) -> bool:
+    """Take the keys of ``problems`` out of ``raw``, or move them to where they were meant to be.
+
+    Returns whether anything changed.
+
+    Args:
+        raw: changed in place.
+        problems: all problems of ``raw``.
+        guessed: takes what was moved, new path -> old path; None: nothing is moved.
+    """
+    changed = False
+    by_keys = {problem.keys: problem for problem in problems}
+    for keys, problem in by_keys.items():
+        # The section that lacks a key goes as a whole.
+        holder, key = _deepest(raw, keys[:-1] if problem.kind == "missing" else keys)
+        if key is GONE:
+            continue  # it went with the section that held it
+        changed, value = True, holder.pop(key)
+        meant = problem.meant
+        if guessed is not None and meant is not None and meant not in by_keys and _place(raw, meant, value):
+            guessed[meant] = as_written(keys, guessed)
+    return changed
+
+
+def _deepest(raw: dict[str, Any], keys: Path) -> tuple[dict[Any, Any], Any]:
+    """Return the innermost object along ``keys`` and its key there; the key is ``GONE`` where it is not there (now)."""
+    holder: dict[Any, Any] = raw
+    key = _key_in(holder, keys[0])
+    for part in keys[1:]:
+        inner = holder.get(key)
+        if not isinstance(inner, dict):
+            # An entry of a list, or a value that was rewritten: what holds it goes.
+            return holder, key
+        holder, key = inner, _key_in(inner, part)
+    return holder, key
+
+
+def _key_in(holder: Mapping[Any, Any], part: str | int) -> Any:
+    """Return the key of ``holder`` that is called ``part``, or ``GONE``; a key may be no text."""
+    return part if part in holder else next((key for key in holder if str(key) == part), GONE)
+
+
+def _place(raw: dict[str, Any], keys: Path, value: Any) -> bool:
+    """Put ``value`` at ``keys`` if a section is there to hold it and lacks that key; return whether it did."""
+    holder: Any = raw
+    for part in keys[:-1]:
+        holder = holder.get(part) if isinstance(holder, dict) else None
+    if not isinstance(holder, dict) or keys[-1] in holder:
+        return False
+    holder[keys[-1]] = value
+    return True
+
+
+def _together(parts: _Parts, earlier: Sequence[Problem], dp_world_size: int | None) -> tuple[Config, list[Problem]]:
+    """Return the configuration that valid ``parts`` make, and the problems that show only when they are seen together.
+
+    Args:
+        parts: without problems of their own.
+        earlier: problems of what was taken out of them.
+        dp_world_size: data-parallel ranks; None: the batch sizes are left open.
+    """
+    bad = [problem.keys for problem in earlier if problem.kind != "unknown"]
+    # A size that is wrong was given; elasticity that is too wrong to be read would have chosen them all.
+    is_open = dp_world_size is None or any(keys[0] in BATCH for keys in bad if keys)
+    is_open |= "elasticity" not in parts.further and any(problem.keys[:1] == ("elasticity",) for problem in earlier)
+    batch, problems = _batch(parts, None if is_open else dp_world_size)
+    config = Config.model_validate({**parts.known, **_sizes(batch)}).with_sections(parts.further)
+    problems += check(config, bad)
+    if dp_world_size is not None:
+        problems += unresolved(config)
+    return config, problems
+
+
+def _is_absent(key: str, value: Any) -> bool:
+    return (
+        value is None or (isinstance(value, str) and value == AUTO) or (value is False and key in catalog.OFF_IF_FALSE)
+    )
+
+
+def _read_section(model: type[Section], name: str, value: Any, into: dict[str, Section]) -> list[Problem]:
+    """Add section ``name``, if it is valid, and return its problems."""
     section, problems = validate(model, value, path=(name,))
-    if section is not None and section.comes_with and section.is_on() and not _is_carried_out(name):
+    if section is not None:
+        into[name] = section
+    # That it is not built is told beside what is wrong in it, not only once that is mended.
+    is_on = model.is_switched_on(value) if section is None else section.is_on()
+    if model.comes_with and is_on and not _is_carried_out(name):
         fix = f'remove "{name}"'
         if "enabled" in model.model_fields:
             fix += ', or set its "enabled" to false'
-        text = f"this section is not built yet; it comes with a later release of {section.comes_with}"
-        problems.append(Problem.at((name,), text, fix))
-    return section, problems
+        text = f"this section is not built yet; it comes with a later release of {model.comes_with}"
+        problems.append(Problem((name,), text, fix))
+    return problems
 
 
 def _is_carried_out(name: str) -> bool:
@@ -229,31 +351,28 @@ def _is_carried_out(name: str) -> bool:
     return name in registry.names("monitor")
 
 
-def _batch(
-    given: dict[str, Any], elasticity: Section | None, dp_world_size: int | None
-) -> tuple[BatchSizes, list[Problem]]:
-    """Return the resolved sizes; where they are not asked for or wrong, sizes that only fill the place."""
-    filler = BatchSizes(1, 1, 1, 1)
-    keys, problems = validate(BatchKeys, given)
+def _batch(parts: _Parts, dp_world_size: int | None) -> tuple[BatchSizes, list[Problem]]:
+    """Return the resolved sizes, or fillers and what is wrong with those given."""
+    keys = parts.batch
+    elasticity: Any = parts.further.get("elasticity")
     if elasticity is not None and elasticity.is_on():
-        sizes, found = _elastic(given, elasticity, dp_world_size)  # type: ignore[arg-type]
-        return sizes or filler, problems + found
+        sizes, problems = _elastic(keys.given(), elasticity, dp_world_size)
+        return sizes or FILLER, problems
     if dp_world_size is None:
-        return filler, problems
-    problems += [
-        Problem.at((key,), '"auto" was not replaced by a value', "give a number")
-        for key, value in given.items()
-        if value == AUTO
-    ]
-    if keys is None or problems:
-        return filler, problems
+        return FILLER, []
+    if parts.unresolved:
+        return FILLER, [
+            Problem((key,), '"auto" was not replaced by a value', "give a number") for key in parts.unresolved
+        ]
     try:
         return resolve_batch(
             keys.train_batch_size, keys.train_micro_batch_size_per_gpu, keys.gradient_accumulation_steps, dp_world_size
         ), []
     except ConfigError as error:
         path, _, text = error.what.partition(": ")
-        return filler, [Problem.at((path,), text, error.fix)]
+        if path not in BATCH:  # the caller's number of ranks
+            raise
+        return FILLER, [Problem((path,), text, error.fix)]
 
 
 def _elastic(
@@ -267,7 +386,7 @@ def _elastic(
     if not section.ignore_non_elastic_batch_info:
         fix = 'remove it, or set "ignore_non_elastic_batch_info" of "elasticity" to true'
         problems += [
-            Problem.at((key,), f"got {show(value)}, but elasticity.enabled is true and chooses the batch sizes", fix)
+            Problem((key,), f"got {show(value)}, but elasticity.enabled is true and chooses the batch sizes", fix)
             for key, value in given.items()
         ]
     if contradictions:
@@ -276,7 +395,7 @@ def _elastic(
         plan = elastic_sizes(section, dp_world_size)
     except ElasticityError as error:
         path, _, text = error.what.partition(": ")
-        return None, [*problems, Problem.at(tuple(path.split(".")), text, error.fix)]
+        return None, [*problems, Problem(tuple(path.split(".")), text, error.fix)]
     if plan.micro is None or plan.accumulation is None or dp_world_size is None:
         return None, problems
     return BatchSizes(plan.train, plan.micro, plan.accumulation, dp_world_size), problems

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ds_core.config.problems import Path, Problem, dotted
+from ds_core.config.paths import Path, dotted
+from ds_core.config.problems import Problem
 from ds_core.config.section import AUTO, show
 
 if TYPE_CHECKING:
@@ -26,8 +27,13 @@ class Renamed:
     """Where it was written."""
     new: Path | None
     """Where it is read; None: it was dropped."""
-    text: str
-    """What to write instead."""
+    instead: str | None
+    """The replacement as users write it; None: nothing takes its place."""
+
+    @property
+    def text(self) -> str:
+        """What to do about it."""
+        return "remove it" if self.instead is None else f"write {self.instead}"
 
     def __str__(self) -> str:
         return f"{dotted(self.old)} is deprecated: {self.text}"
@@ -122,7 +128,7 @@ def _moved(result: dict[str, Any]) -> list[Renamed]:
 
     result["inference"], moves = moved(InferenceSection, result["inference"])
     return [
-        Renamed(("inference", old), ("inference", *new), f'write "{new[0]}": {{"{new[1]}": ...}}')
+        Renamed(("inference", old), ("inference", *new), f'"{new[0]}": {{"{new[1]}": ...}}')
         for old, new in moves.items()
     ]
 
@@ -131,16 +137,15 @@ def _apply(row: Deprecated, holder: dict[str, Any]) -> tuple[list[Renamed], list
     value = holder.pop(row.old)
     old = (*row.section, row.old)
     if row.is_switch and not isinstance(value, bool) and value != AUTO:
-        problem = Problem.at(old, f"got {show(value)}, must be true or false", f"write {row.instead} instead")
+        problem = Problem(old, f"got {show(value)}, must be true or false", f"write {row.instead} instead")
         return [], [problem]
     if row.new is not None and holder.get(row.new) is not None and value != AUTO:
         text = f"its replacement, {row.instead}, is given too"
-        return [], [Problem.at(old, text, "remove the old key", ignorable=row.yields)]
+        return [], [Problem(old, text, "remove the old key", ignorable=row.yields)]
     if value == AUTO or row.new is None or (row.is_switch and value is False):
-        instead = f"write {row.instead}" if row.new is None and value is True else "remove it"
-        return [Renamed(old, None, f"{instead}")], []
+        return [Renamed(old, None, row.instead if row.new is None and value is True else None)], []
     holder[row.new] = row.value(value)
-    return [Renamed(old, (*row.section, row.new), f"write {row.instead}")], []
+    return [Renamed(old, (*row.section, row.new), row.instead)], []
 
 
 def _legacy_zero(result: dict[str, Any]) -> list[Renamed]:
@@ -150,5 +155,5 @@ def _legacy_zero(result: dict[str, Any]) -> list[Renamed]:
         return []
     numel = result.pop("allgather_size", ALLGATHER_NUMEL) if legacy else None
     result["zero_optimization"] = {"stage": 1, "allgather_bucket_size": numel} if legacy else {"stage": 0}
-    instead = f'write "zero_optimization": {show(result["zero_optimization"])}'
+    instead = f'"zero_optimization": {show(result["zero_optimization"])}'
     return [Renamed(("zero_optimization",), ("zero_optimization",), instead)]

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ds_core.config.effects import without_effect
-from ds_core.config.origins import is_open
-from ds_core.config.problems import dotted
+from ds_core.config.paths import dotted, is_open
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -85,18 +84,10 @@ def _missing_packages(config: Config) -> Iterator[tuple[str, str]]:
 
 def _plugins(config: Config) -> Iterator[tuple[str, str, str]]:
     """Yield the plugins that ``initialize`` will look up: seam, name, and the key that asks for it."""
-    if config.precision.type is not None:
-        yield "precision", config.precision.type, "precision.type"
-    else:
-        yield from (
-            ("precision", name, f"{name}.enabled")
-            for name in ("fp16", "bf16", "torch_autocast")
-            if config.enables(name)
-        )
-    if config.partition.type is not None:
-        yield "partition", config.partition.type, "partition.type"
-    elif config.zero_optimization.stage > 0:
-        yield "partition", str(config.zero_optimization.stage), "zero_optimization.stage"
-    yield "checkpoint", config.checkpoint.engine, "checkpoint.engine"
+    precision = config.plugin("precision")
+    yield "precision", precision, "precision.type" if config.precision.chosen else f"{precision}.enabled"
+    partition = config.plugin("partition")
+    yield "partition", partition, "partition.type" if config.partition.chosen else "zero_optimization.stage"
+    yield "checkpoint", config.plugin("checkpoint"), "checkpoint.engine"
     if config.optimizer is not None:
         yield "optimizer", config.optimizer.type.lower(), "optimizer.type"

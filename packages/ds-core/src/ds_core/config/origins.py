@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ds_core.config.problems import Path, dotted
-from ds_core.config.section import AUTO, Section
+from ds_core.config.paths import Path, dotted
+from ds_core.config.section import AUTO, Section, show
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ds_core.config.loading import Examined
 
-__all__ = ["Kind", "Origins", "Setting", "is_open"]
+__all__ = ["Kind", "Origins", "Setting", "given_default"]
 
 Kind = Literal["file", "caller", "default", "derived", "open"]
 """``open``: there is no value yet; it has a problem, or waits for a number."""
@@ -32,24 +32,13 @@ class Setting:
     """The kind of origin."""
     origin: str
     """The origin in words, such as ``line 12``."""
+    is_given: bool = False
+    """Whether something was written there, be it null or ``"auto"``."""
 
     @property
     def path(self) -> str:
         """The way to it as people write it, ``zero_optimization.stage``."""
         return dotted(self.keys)
-
-
-def is_open(value: Any) -> bool:
-    """Return whether ``"auto"`` is left in ``value``, at any depth.
-
-    >>> is_open(0.1), is_open({"betas": [0.9, "auto"]})
-    (False, True)
-    """
-    if isinstance(value, Mapping):
-        return any(map(is_open, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(is_open, value))
-    return isinstance(value, str) and value == AUTO
 
 
 class Origins:
@@ -102,11 +91,11 @@ class Origins:
 
     def written(self, keys: Path, value: Any, shown: Path | None = None) -> Setting:
         """Return the setting of a value that was written at ``keys`` and holds as it is."""
-        return Setting(shown or keys, value, self.kind, self.place(keys))
+        return Setting(shown or keys, value, self.kind, self.place(keys), is_given=True)
 
     def open(self, keys: Path, value: Any, needs: str) -> Setting:
         """Return the setting of a value that was written at ``keys`` and cannot hold."""
-        return Setting(keys, value, "open", f"{self.place(keys)}, {needs}")
+        return Setting(keys, value, "open", f"{self.place(keys)}, {needs}", is_given=True)
 
     def section(self, section: Section, raw: Any, written: Path, shown: Path) -> Iterator[Setting]:
         """Yield the settings of ``section``, in its order, those of sections inside it included.
@@ -128,7 +117,7 @@ class Origins:
             if field in key_of:
                 yield from self._value(value, given[key_of[field]], (*written, key_of[field]), inner)
             elif value == info.get_default(call_default_factory=True):
-                yield from _defaults(value, inner)
+                yield from (Setting(keys, leaf, "default", "default") for keys, leaf in _leaves(value, inner))
             elif is_legacy:
                 yield from self._value(value, raw, written, inner)
             else:
@@ -146,7 +135,8 @@ class Origins:
             for name, item in pairs:
                 yield from self._value(item, _at(raw, name), (*written, name), (*shown, name))
         elif raw == AUTO or (raw is None and value is not None):
-            yield from _defaults(value, shown, ", for null" if raw is None else ', for "auto"')
+            for keys, leaf in _leaves(value, shown):
+                yield given_default(keys, leaf, raw)
         elif isinstance(value, Mapping) and value and isinstance(raw, Mapping):
             for name, item in value.items():
                 yield from self._value(item, _at(raw, name), (*written, name), (*shown, name))
@@ -164,8 +154,9 @@ class Origins:
             yield self.written(written, raw, shown)
 
 
-def _defaults(value: Any, keys: Path, why: str = "") -> Iterator[Setting]:
-    yield from (Setting(inner, leaf, "default", f"default{why}") for inner, leaf in _leaves(value, keys))
+def given_default(keys: Path, value: Any, raw: Any) -> Setting:
+    """Return the setting of a default that was asked for: ``raw`` is null or ``"auto"``."""
+    return Setting(keys, value, "default", f"default, for {show(raw)}", is_given=True)
 
 
 def _leaves(value: Any, keys: Path) -> Iterator[tuple[Path, Any]]:

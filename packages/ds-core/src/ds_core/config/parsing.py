@@ -9,12 +9,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ds_core.config.positions import Keys, Lines, Scan, scan
+from ds_core.config.positions import Lines, Scan, scan
 from ds_core.config.section import show
 from ds_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from ds_core.config.paths import Path
 
 __all__ = ["MAX_BYTES", "MAX_DEPTH", "Parsed", "parse", "too_deep", "too_large"]
 
@@ -26,6 +28,7 @@ MAX_DIGITS = 400
 """Characters of a number. A double needs fewer, and Python refuses whole numbers of some thousands."""
 MAX_EFFORT = 4 * 10**8
 """Steps that hjson may take beyond those in proportion to the text, see :func:`_effort`: about a second."""
+TRAILING_COMMA = re.compile(r"[ \t\n\r]*[}\]]")
 MAX_SHOWN = 76
 """Characters of a line of the text that an error shows."""
 
@@ -35,7 +38,7 @@ class Parsed:
     """The object that a text is, and how it was written."""
 
     value: dict[str, Any]
-    twice: tuple[Keys, ...]
+    twice: tuple[Path, ...]
     """Keys given twice in one object; the value has the last."""
     is_plain_json: bool
 
@@ -101,7 +104,7 @@ class _Object(dict[str, Any]):
             self.twice = tuple(key for key, count in Counter(key for key, _ in items).items() if count > 1)
 
 
-def _given_twice(value: Any, path: Keys) -> Iterator[Keys]:
+def _given_twice(value: Any, path: Path) -> Iterator[Path]:
     if isinstance(value, _Object):
         yield from ((*path, key) for key in value.twice)
     items: Iterable[tuple[str | int, Any]] = value.items() if isinstance(value, _Object) else enumerate(value)
@@ -196,8 +199,9 @@ def _refusal(
             return ConfigError(f"{error.why}{spot}", where=where, fix="write a number that can be meant")
     assert isinstance(of_json, json.JSONDecodeError)
     found = scan(text)
-    if not found.is_hjson:
-        what, offset = _lowered(of_json.msg), of_json.pos
+    is_hjson = found.is_hjson or (hasattr(of_hjson, "pos") and _is_trailing_comma(text, of_json.pos))
+    if not is_hjson:
+        what, offset = _in_our_words(of_json.msg), of_json.pos
     elif of_hjson is None:
         longest = max(text.split("\n"), key=len)
         return ConfigError(
@@ -208,7 +212,7 @@ def _refusal(
     elif isinstance(of_hjson, IndexError):  # what hjson does at the end of the text, in a comment or '''
         what, offset = "the text ends too early", len(text)
     elif hasattr(of_hjson, "pos"):
-        what, offset = _lowered(getattr(of_hjson, "msg", "")), getattr(of_hjson, "pos", 1) - 1
+        what, offset = _in_our_words(getattr(of_hjson, "msg", "")), getattr(of_hjson, "pos", 1) - 1
     else:  # a ValueError of Python's: hjson lets a sign pass for a digit, and there is no character -1
         escape = re.search(r"\\u(?![0-9a-fA-F]{4})", text)
         what, offset = "invalid \\uXXXX escape", escape.start() if escape else 0
@@ -232,7 +236,17 @@ def _at_a_bracket(what: str, offset: int, text: str, found: Scan) -> tuple[str, 
     return f"this {kind} is never closed", found.unclosed
 
 
-def _lowered(message: str) -> str:
+def _is_trailing_comma(text: str, offset: int) -> bool:
+    """Return whether json stopped because of a comma before a bracket, which HJSON allows: not the mistake, then."""
+    # Since Python 3.13 it stops at the comma, before that at the bracket.
+    if text.startswith(",", offset):
+        return TRAILING_COMMA.match(text, offset + 1) is not None
+    return TRAILING_COMMA.match(text, offset) is not None and text[:offset].rstrip().endswith(",")
+
+
+def _in_our_words(message: str) -> str:
+    # Versions of Python differ in whether the character follows.
+    message = re.sub(r"(\\escape|control character)\b.*", r"\1", message)
     # Some end in "at" or "starting at", for the position that json and hjson add.
     return (message[:1].lower() + message[1:]).removesuffix(" at").removesuffix(" starting")
 

@@ -45,7 +45,7 @@ def _weights(config: Config) -> tuple[str | None, str] | None:
 def _one_precision(config: Config) -> Iterator[Problem]:
     if config.fp16.enabled and config.bf16.enabled:
         yield Problem(
-            "fp16.enabled",
+            ("fp16", "enabled"),
             "got true, and bf16.enabled is true as well",
             "enable one of the two, bf16 if the device has it",
         )
@@ -55,7 +55,7 @@ def _own_precision(config: Config) -> Iterator[Problem]:
     for name in ("fp16", "bf16", "torch_autocast"):
         if config.precision.type is not None and getattr(config, name).enabled:
             yield Problem(
-                "precision.type",
+                ("precision", "type"),
                 f"got {show(config.precision.type)}, and {name}.enabled is true as well",
                 f'remove "type" from "precision", or set "enabled" of "{name}" to false',
             )
@@ -73,7 +73,7 @@ def _dtype_of_weights(config: Config) -> Iterator[Problem]:
     else:
         instead = f"do not enable {by}" if by else f"enable {wanted_by}"
     yield Problem(
-        "data_types.param_dtype",
+        ("data_types", "param_dtype"),
         f"got {show(wanted)}, but {because} weights are {show(dtype)}",
         f"remove it, or {instead}",
     )
@@ -84,17 +84,13 @@ def _low_masters(config: Config) -> Iterator[Problem]:
         for flag in flags:
             if not (config.enables(name) and getattr(getattr(config, name), flag)):
                 continue
-            why = "is not built yet; only false is accepted"
+            needs = []
             if config.zero_optimization.stage == 0:
-                why = "needs ZeRO stage 1 to 3, and zero_optimization.stage is 0"
-            yield Problem(f"{name}.{flag}", f"got true, which {why}", "remove it")
-    bf16 = config.bf16
-    if config.enables("bf16") and bf16.bf16_optimizer_states and not bf16.bf16_master_weights_and_grads:
-        yield Problem(
-            "bf16.bf16_optimizer_states",
-            "got true, which needs bf16.bf16_master_weights_and_grads, and that is false",
-            "remove it",
-        )
+                needs.append("ZeRO stage 1 to 3, and zero_optimization.stage is 0")
+            if flag == "bf16_optimizer_states" and not config.bf16.bf16_master_weights_and_grads:
+                needs.append("bf16.bf16_master_weights_and_grads, and that is false")
+            why = f"needs {'; it also needs '.join(needs)}" if needs else "is not built yet; only false is accepted"
+            yield Problem((name, flag), f"got true, which {why}", "remove it")
 
 
 def _static_scale(config: Config) -> Iterator[Problem]:
@@ -103,13 +99,13 @@ def _static_scale(config: Config) -> Iterator[Problem]:
         return
     if not LEAST_SCALE <= scale <= LARGEST_SCALE:
         yield Problem(
-            "fp16.loss_scale",
+            ("fp16", "loss_scale"),
             f"got {scale}, out of the range of fp32, {LEAST_SCALE:.2g} to {LARGEST_SCALE:.2g}",
             "set it to 0, which finds the scale while training",
         )
     if config.optimizer is not None and config.optimizer.type.lower() in NO_STATIC_SCALE:
         yield Problem(
-            "fp16.loss_scale",
+            ("fp16", "loss_scale"),
             f"got {scale}, and optimizer {show(config.optimizer.type)} needs a scale found while training",
             "set it to 0",
         )
@@ -121,11 +117,11 @@ def _dynamic_scale(config: Config) -> Iterator[Problem]:
         return
     for name, value in (("loss_scale_window", fp16.loss_scale_window), ("min_loss_scale", fp16.min_loss_scale)):
         if value < 1:
-            yield Problem(f"fp16.{name}", f"got {value}, must be at least 1", "write 1 or more, or remove it")
+            yield Problem(("fp16", name), f"got {value}, must be at least 1", "write 1 or more, or remove it")
     power, least = fp16.initial_scale_power, fp16.min_loss_scale
     if power > LARGEST_POWER:
         yield Problem(
-            "fp16.initial_scale_power",
+            ("fp16", "initial_scale_power"),
             f"got {power}, must be at most {LARGEST_POWER}: 2**{power} is infinite in fp32",
             "remove it: the scale then starts at 2**16",
         )
@@ -133,7 +129,7 @@ def _dynamic_scale(config: Config) -> Iterator[Problem]:
     start, needed = fp16.initial_dynamic_scale(), (least - 1).bit_length()
     if start < least:
         yield Problem(
-            "fp16.initial_scale_power",
+            ("fp16", "initial_scale_power"),
             f"got {power}, so the loss scale starts at {start}, below fp16.min_loss_scale, {least}",
             f'set "min_loss_scale" to {start} or less'
             + (f', or "initial_scale_power" to {needed} or more' if needed <= LARGEST_POWER else ""),
@@ -146,25 +142,26 @@ def _autocast(config: Config) -> Iterator[Problem]:
     dtype, decided = config.torch_autocast.dtype, _weights(config)
     if dtype == "float32":
         yield Problem(
-            "torch_autocast.dtype",
+            ("torch_autocast", "dtype"),
             'got "float32", and autocast to it changes nothing; allowed are "bfloat16" and "float16"',
             'set it to one of them, or "enabled" of "torch_autocast" to false',
         )
     elif decided is not None and decided[0] is not None and decided[1] != dtype:
         yield Problem(
-            "torch_autocast.dtype",
+            ("torch_autocast", "dtype"),
             f"is {show(dtype)}, but with {decided[0]} weights are {show(decided[1])}",
             f"set it to {show(decided[1])}, or enable one of {decided[0]} and torch_autocast",
         )
 
 
+_ON = ("precision.type", "fp16.enabled", "bf16.enabled", "torch_autocast.enabled")
 PRECISION_RULES: list[tuple[set[str], Rule]] = [
-    ({"fp16", "bf16"}, _one_precision),
-    ({"precision", "fp16", "bf16", "torch_autocast"}, _own_precision),
-    ({"precision", "fp16", "bf16", "data_types"}, _dtype_of_weights),
-    ({"precision", "fp16", "bf16", "zero_optimization"}, _low_masters),
-    ({"precision", "fp16", "optimizer"}, _static_scale),
-    ({"precision", "fp16"}, _dynamic_scale),
-    ({"precision", "fp16", "bf16", "torch_autocast"}, _autocast),
+    ({*_ON[1:3]}, _one_precision),
+    ({*_ON}, _own_precision),
+    ({*_ON, "data_types.param_dtype"}, _dtype_of_weights),
+    ({*_ON, "fp16", "bf16", "zero_optimization.stage"}, _low_masters),
+    ({*_ON, "fp16", "optimizer.type"}, _static_scale),
+    ({*_ON, "fp16"}, _dynamic_scale),
+    ({*_ON, "torch_autocast"}, _autocast),
 ]
-"""(top-level keys the rule reads, the rule)."""
+"""(keys and sections the rule reads, the rule)."""

@@ -2,52 +2,67 @@
 
 from __future__ import annotations
 
-import types
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin
+import math
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from ds_core.config.section import Section, show
+from ds_core.config.paths import Path, dotted, in_collection, sections_of
+from ds_core.config.section import AUTO, Section, show
+from ds_core.config.unknown import advice
 from ds_core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from pydantic_core import ErrorDetails
 
     from ds_core.config.reading import Document
 
-__all__ = ["Path", "Problem", "dotted", "owners", "placed", "raise_problems", "sections_of", "unknown_key", "validate"]
+__all__ = [
+    "Problem",
+    "as_written",
+    "in_order",
+    "placed",
+    "raise_problems",
+    "unknown_key",
+    "validate",
+]
 
 S = TypeVar("S", bound=Section)
-Path = tuple[Union[str, int], ...]  # noqa: UP007 - evaluated, and 3.10 cannot hash the new form in a tuple
-
-MANY_KEYS = 12
-"""A section with more keys than this is not listed in an error."""
+MANY = 100
+"""More problems than this are counted, not listed, and get no advice: finding the nearest key takes its time."""
+NO_PLACE = (math.inf,)
 
 
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong with a configuration."""
 
-    path: str
-    """Dotted path of the key."""
+    keys: Path
+    """The way to the key, in today's words; empty for the configuration as a whole."""
     text: str
     """What was received and what is allowed."""
     fix: str | None = None
     """What to do about it, where that is known."""
-    keys: Path = ()
-    """The same path as keys and indexes; empty where it is no key of the configuration."""
+    _: KW_ONLY
+    kind: Literal["value", "unknown", "missing"] = "value"
+    """``unknown``: nobody reads the key; ``missing``: it is not there."""
     ignorable: bool = False
     """Whether DeepSpeed ignores the key: compatibility mode drops it with a warning."""
+    meant: Path | None = None
+    """What an unknown key was probably meant to be."""
+    written: Path | None = None
+    """Where it was written, if not at ``keys``."""
     place: tuple[int, int] | None = None
     """Line and column in the file, where there is one."""
 
-    @classmethod
-    def at(cls, keys: Path, text: str, fix: str | None = None, *, ignorable: bool = False) -> Problem:
-        """Return a problem of the key at ``keys``."""
-        return cls(dotted(keys), text, fix, keys, ignorable)
+    @property
+    def path(self) -> str:
+        """The way to the key as people write it, in the words of the configuration."""
+        return dotted(self.keys if self.written is None else self.written) or "the configuration"
 
     def __str__(self) -> str:
         at = "" if self.place is None else " (line {}, column {})".format(*self.place)
@@ -60,15 +75,54 @@ def placed(problem: Problem, document: Document, renamed: Mapping[Path, Path]) -
     Args:
         problem: what was found.
         document: where it was found.
-        renamed: where a deprecated key is read -> where it was written.
+        renamed: where a key is read -> where it was written: deprecated and misspelt ones.
     """
-    keys = problem.keys or tuple(problem.path.split("."))
+    written = as_written(problem.keys, renamed)
+    if written != problem.keys:
+        problem = replace(problem, written=written)
+        if problem.keys in renamed:
+            problem = replace(problem, text=f"{problem.text} (it is read as {dotted(problem.keys)})")
+    places = (document.position(written[:length]) for length in range(len(written), 0, -1))
+    return replace(problem, place=next((place for place in places if place is not None), None))
+
+
+def as_written(keys: Path, renamed: Mapping[Path, Path]) -> Path:
+    """Return where the key that is read at ``keys`` was written, itself or a section that holds it being renamed.
+
+    >>> as_written(("bf16", "enabled"), {("bf16",): ("bfloat16",)})
+    ('bfloat16', 'enabled')
+    """
     for length in range(len(keys), 0, -1):
-        written = renamed.get(keys[:length], keys[:length])
-        place = document.position(written)
-        if place is not None:
-            return replace(problem, place=place)
-    return problem
+        old = renamed.get(keys[:length])
+        if old is not None:
+            return (*old, *keys[length:])
+    return keys
+
+
+def in_order(problems: Iterable[Problem], document: Document) -> list[Problem]:
+    """Return ``problems`` in the order of their keys in ``document``; those of keys that are not there come last."""
+    places: dict[int, dict[Any, int]] = {}
+
+    def order(problem: Problem) -> tuple[float, ...]:
+        if document.text is not None:
+            return problem.place or NO_PLACE
+        # The same for a mapping, which has no lines: the key's place among its siblings, level by level.
+        found: list[float] = []
+        holder: Any = document.raw
+        for part in problem.written or problem.keys:
+            if isinstance(holder, Mapping):
+                siblings = places.setdefault(id(holder), {key: index for index, key in enumerate(holder)})
+                if part not in siblings:
+                    break
+                found.append(siblings[part])
+            elif isinstance(holder, (list, tuple)) and isinstance(part, int) and part < len(holder):
+                found.append(part)
+            else:
+                break
+            holder = holder[part]
+        return tuple(found) or NO_PLACE
+
+    return sorted(problems, key=order)
 
 
 def raise_problems(problems: Sequence[Problem], *, where: str) -> None:
@@ -80,127 +134,57 @@ def raise_problems(problems: Sequence[Problem], *, where: str) -> None:
         place = "" if only.place is None else ", line {}, column {}".format(*only.place)
         raise ConfigError(f"{only.path}: {only.text}", where=where + place, fix=only.fix)
     lines = [f"{len(problems)} problems in the configuration"]
-    for problem in problems:
+    for problem in problems[:MANY]:
         lines.append(f"  {problem}")
         if problem.fix:
             lines.append(f"    fix: {problem.fix}")
+    if len(problems) > MANY:
+        lines.append(f"  and {len(problems) - MANY} more")
     raise ConfigError("\n".join(lines), where=where)
 
 
-def validate(model: type[S], data: Any, *, path: Path = ()) -> tuple[S | None, list[Problem]]:
+def validate(
+    model: type[S], data: Any, *, path: Path = (), unknown_is_ignorable: bool = True
+) -> tuple[S | None, list[Problem]]:
     """Return ``data`` as a ``model`` and no problems, or None and everything that is wrong.
 
     Args:
         model: the section's class.
         data: what the user wrote there.
         path: where the section is in the configuration.
+        unknown_is_ignorable: whether DeepSpeed ignores keys that it does not know there.
     """
     try:
         return model.model_validate(data), []
     except ValidationError as error:
-        return None, [_problem(model, details, path, data) for details in error.errors(include_url=False)]
+        details = error.errors(include_url=False)
+    return None, [
+        _problem(model, each, path, data, unknown_is_ignorable, advise=index < MANY)
+        for index, each in enumerate(details)
+    ]
 
 
-def dotted(path: Path) -> str:
-    """Return ``path`` as people write it; a key that has a dot itself is quoted.
+def unknown_key(
+    model: type[Section],
+    path: Path,
+    value: Any,
+    *,
+    others: Iterable[str] = (),
+    ignorable: bool = True,
+    advise: bool = True,
+) -> Problem:
+    """Return the problem of a key that ``model`` does not have; the arguments are those of ``unknown.advice``.
 
-    >>> dotted(("leaf_module", "names", 1)), dotted(("a.b", "c"))
-    ('leaf_module.names[1]', '"a.b".c')
+    ``advise``: whether to look for what was meant.
     """
-    text = ""
-    for part in path:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        else:
-            text += ("." if text else "") + (f'"{part}"' if "." in part or not part else part)
-    return text
+    fix, meant = advice(model, path, value, others=others, ignorable=ignorable) if advise else ("remove it", None)
+    text = f"unknown key (its value is {show(value)})"
+    return Problem(path, text, fix, kind="unknown", ignorable=ignorable, meant=meant)
 
 
-def sections_of(model: type[Section]) -> dict[str, type[Section]]:
-    """Return the fields of ``model`` that are sections, or hold several in a dict or a list -> their class."""
-    found = {name: _section_class(info.annotation) for name, info in model.model_fields.items()}
-    return {name: section for name, section in found.items() if section is not None}
-
-
-def unknown_key(model: type[Section], path: Path, value: Any, *, others: Iterable[str] = ()) -> Problem:
-    """Return the problem of a key that ``model`` does not have.
-
-    Args:
-        model: the class of the section that holds the key.
-        path: where the key is.
-        value: what was written there.
-        others: further keys that would be valid there.
-    """
-    key = str(path[-1])
-    keys = [*model.fields_by_key(), *others]
-    homes = owners(key) if model.__module__.startswith("ds_core.config.") else []
-    homes = [home for home in homes if home != dotted(path[:-1])]  # an argument of another optimizer is no home
-    close = nearest(key, keys)
-    if homes and not (len(path) == 1 and "" in homes):
-        fix = "it belongs " + " or ".join(f'under "{home}"' if home else "at the top level" for home in homes)
-    elif "." in key:
-        fix = f"dots do not nest: write {_nested_key(key.split('.'), value)}"
-    elif key.startswith("_"):
-        fix = "write it as a comment (# ...), which HJSON allows, or remove it"
-    elif close:
-        fix = f'did you mean "{close}"?'
-    elif keys and len(keys) <= MANY_KEYS:
-        fix = f"allowed are {', '.join(sorted(keys))}"
-    else:
-        fix = "remove it"
-    return Problem.at(path, f"unknown key (its value is {show(value)})", fix, ignorable=True)
-
-
-def _nested_key(parts: Sequence[str], value: Any) -> str:
-    inner = show(value)
-    for part in reversed(parts[1:]):
-        inner = f'{{"{part}": {inner}}}'
-    return f'"{parts[0]}": {inner}'
-
-
-IN_PARAMS = {
-    **dict.fromkeys(("lr", "betas", "eps", "weight_decay", "momentum"), "optimizer.params"),
-    **dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "scheduler.params"),
-}
-
-
-def owners(key: str) -> list[str]:
-    """Return the sections that do have ``key``, "" for the top level; none where more than three would be named."""
-    from ds_core.config.catalog import all_sections  # the tables of all sections are above this module
-    from ds_core.config.config import Config
-
-    found = [""] if key in Config.fields_by_key() else []
-    for name, section in all_sections().items():
-        found += [path for path, inner in _nested(section, name) if key in inner.fields_by_key()]
-    found = found or [IN_PARAMS[key]] if key in IN_PARAMS else found
-    return found if len(found) <= 3 else []
-
-
-def _nested(model: type[Section], path: str) -> list[tuple[str, type[Section]]]:
-    """Return ``model`` and the sections inside it, each with its dotted path."""
-    found = [(path, model)]
-    for name, section in sections_of(model).items():
-        each = ".*" if _in_collection(model.model_fields[name].annotation) else ""
-        found += _nested(section, f"{path}.{name}{each}")
-    return found
-
-
-COLLECTIONS = (dict, list, tuple)
-"""What a field may hold several sections in; their path has one more part, a name of the user's or an index."""
-
-
-def _in_collection(annotation: Any) -> bool:
-    origin = get_origin(annotation)
-    return origin in COLLECTIONS or (origin is not None and any(map(_in_collection, get_args(annotation))))
-
-
-def _section_class(annotation: Any) -> type[Section] | None:
-    if get_origin(annotation) in (Annotated, Union, types.UnionType, *COLLECTIONS):
-        return next(filter(None, map(_section_class, get_args(annotation))), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
-
-
-def _problem(model: type[Section], details: ErrorDetails, path: Path, data: Any) -> Problem:
+def _problem(
+    model: type[Section], details: ErrorDetails, path: Path, data: Any, unknown_is_ignorable: bool, *, advise: bool
+) -> Problem:
     location = details["loc"]
     holder, key = _holder(model, location)
     full = (*path, *location)
@@ -208,9 +192,9 @@ def _problem(model: type[Section], details: ErrorDetails, path: Path, data: Any)
     # pydantic reports what its validators made of the value; people look for what they wrote.
     value = _at(data, location, details["input"])
     if kind == "invalid_key":
-        return Problem.at((*full[:-1], str(full[-1])), "a key must be text", 'put it in quotes: "..."')
+        return Problem(tuple(map(str, full)), f"a key must be text, got {show(full[-1])}", f'write it as "{full[-1]}"')
     if holder is not None and key is not None and key not in holder.fields_by_key():
-        return unknown_key(holder, full, value)
+        return unknown_key(holder, full, value, ignorable=unknown_is_ignorable, advise=advise)
     if kind == "extra_forbidden" and holder is not None and key is not None:
         beside = _at(data, location[:-1], {})
         others = [
@@ -219,17 +203,35 @@ def _problem(model: type[Section], details: ErrorDetails, path: Path, data: Any)
             if field == holder.fields_by_key()[key] and name in beside
         ]
         same = " and ".join(f'"{name}"' for name in others if name != key)
-        return Problem.at(full, f"{same}, given too, means the same", "keep one of the two")
+        return Problem(full, f"{same}, given too, means the same", "keep one of the two")
     if kind == "missing":
-        return Problem.at(full, "is missing", f'add "{location[-1]}"' if location else None)
+        return Problem(full, "is missing", f'add "{location[-1]}"' if location else None, kind="missing")
     expected = _expected(kind, context, holder, key) or details["msg"][:1].lower() + details["msg"][1:]
+    if kind == "needs":  # something else, so what is there is of no interest
+        return Problem(full, expected)
     fix = None
-    if kind == "literal_error" and isinstance(value, str):
+    if value is None and holder is not None and key is not None:
+        fix = "remove it: without it the default holds"
+    elif isinstance(value, str) and value.strip().lower() == AUTO:
+        fix = f'did you mean "{AUTO}"?'
+    elif kind == "model_type":
+        fix = _in_full(sections_of(holder).get(holder.fields_by_key()[key]) if holder and key else model, value)
+    elif kind == "contradiction":
+        fix = "remove the old key"
+    elif kind == "literal_error" and isinstance(value, str):
         close = nearest(value, context["expected"].replace("'", "").replace(" or ", ", ").split(", "))
         fix = f'did you mean "{close}"?' if close else None
     elif kind == "not_built":
         fix = "remove it"
-    return Problem(dotted(full) or "the configuration", f"got {show(value)}, {expected}", fix, full)
+    return Problem(full, f"got {show(value)}, {expected}", fix)
+
+
+def _in_full(section: type[Section] | None, value: Any) -> str | None:
+    """Return the section that somebody meant who wrote ``value`` in its place, where that is clear."""
+    for key, kind in (("enabled", bool), ("type", str), ("device", str), ("stage", int)):
+        if section is not None and key in section.fields_by_key() and type(value) is kind:
+            return None if validate(section, {key: value})[1] else f"write {show({key: value})}"
+    return None
 
 
 def _at(data: Any, location: Path, default: Any) -> Any:
@@ -253,7 +255,7 @@ def _holder(model: type[Section], location: tuple[str | int, ...]) -> tuple[type
         section = sections_of(holder).get(field)
         if section is None:
             return None, None
-        if _in_collection(holder.model_fields[field].annotation) and next(parts, None) is None:
+        if in_collection(holder.model_fields[field].annotation) and next(parts, None) is None:
             return None, None  # the last part names an entry, which is no key of ours
         holder = section
     last = location[-1] if location else None
@@ -261,6 +263,7 @@ def _holder(model: type[Section], location: tuple[str | int, ...]) -> tuple[type
 
 
 PLAIN = {
+    "int_parsing_size": "is too large",
     "bool_type": "must be true or false",
     "bool_parsing": "must be true or false",
     "string_type": "must be text",
@@ -278,7 +281,8 @@ PLAIN = {
 
 def _expected(kind: str, context: dict[str, Any], holder: type[Section] | None, key: str | None) -> str | None:
     if kind == "literal_error":
-        return f"allowed are {context['expected']}".replace("'", '"')
+        words = context["expected"].replace("'", '"')
+        return f"allowed are {words}" if " or " in words else f"only {words} is allowed"
     if kind in ("greater_than_equal", "less_than_equal") and holder is not None and key is not None:
         bounds: dict[str, Any] = {}
         for rule in holder.model_fields[holder.fields_by_key()[key]].metadata:
@@ -286,4 +290,5 @@ def _expected(kind: str, context: dict[str, Any], holder: type[Section] | None, 
         if len(bounds) == 2:
             return f"allowed are {bounds['ge']} to {bounds['le']}"
     text = PLAIN.get(kind)
-    return text.format(**context) if text else None
+    shown = {name: f"{bound:g}" if isinstance(bound, float) else bound for name, bound in context.items()}
+    return text.format(**shown) if text else None

@@ -8,19 +8,23 @@ import codecs
 import functools
 import itertools
 import os
+import pathlib
 import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from ds_core.config.parsing import MAX_BYTES, MAX_DEPTH, parse, too_deep, too_large
-from ds_core.config.positions import Keys, Lines, scan
-from ds_core.config.section import show
+from ds_core.config.positions import Lines, scan
+from ds_core.config.problems import Problem
+from ds_core.config.showing import printable, show
 from ds_core.errors import ConfigError, nearest
 
-__all__ = ["Document", "Keys", "Source", "copied", "read"]
+if TYPE_CHECKING:
+    from ds_core.config.paths import Path
+
+__all__ = ["Document", "Source", "copied", "read", "read_text"]
 
 Source = Mapping[str, Any] | str | os.PathLike[str]
 
@@ -35,42 +39,50 @@ class Document:
     """A configuration as the user gave it: not checked, and read once."""
 
     raw: dict[str, Any]
-    """The whole of it; nobody else holds it."""
+    """The whole of it; whoever gave it does not hold it, and nobody changes it."""
     where: str
     """``config dict``, ``base64 text``, or the path of the file."""
-    twice: tuple[Keys, ...] = ()
+    twice: tuple[Path, ...] = ()
     """Keys that a file or base64 text gives twice in one object; ``raw`` has the last value."""
     text: str | None = None
-    """The text of a file or of base64; None for a mapping."""
+    """The text of a file or of base64, with its line ends; None for a mapping."""
     is_plain_json: bool = True
     """Whether ``text`` is JSON; if not, it is HJSON (comments, unquoted keys, ...)."""
+    has_mark: bool = False
+    """Whether a byte order mark stands before ``text``."""
+    file: pathlib.Path | None = None
+    """The file, if it is one; ``where`` may be cut."""
 
-    def position(self, keys: Keys) -> tuple[int, int] | None:
+    def duplicates(self) -> list[Problem]:
+        """Return a problem for each key that is given twice."""
+        return [Problem(path, "is given twice in one object", "keep one of the two") for path in self.twice]
+
+    def position(self, path: Path) -> tuple[int, int] | None:
         """Return line and column, from 1, of a key; for a list index, of the value.
 
         For a key given twice it is the second one. None for a mapping, and where the place was not found. The text is
         scanned at the first call, and once.
         """
-        return self._positions(tuple(keys)) if self.text is not None else None
+        return self._positions(tuple(path)) if self.text is not None else None
 
     @functools.cached_property
-    def _positions(self) -> Callable[[Keys], tuple[int, int] | None]:
+    def _positions(self) -> Callable[[Path], tuple[int, int] | None]:
         assert self.text is not None
         places, lines = scan(self.text, is_plain_json=self.is_plain_json), Lines(self.text)
 
-        def position(keys: Keys) -> tuple[int, int] | None:
-            offset = places.find(keys) if keys else None
+        def position(path: Path) -> tuple[int, int] | None:
+            offset = places.find(path) if path else None
             return None if offset is None else lines.position(offset)
 
         return position
 
 
-def read(source: Source) -> Document:
+def read(source: Source | Document) -> Document:
     """Return the configuration in ``source``, which is neither kept nor changed.
 
     Args:
-        source: a mapping; the path of a JSON or HJSON file, where ``~`` is the home folder; or urlsafe base64 of such
-            text.
+        source: a mapping; the path of a JSON or HJSON file, where ``~`` is the home folder; urlsafe base64 of such
+            text; or what was read before, which is returned as it is: a file may have changed since.
 
     Raises:
         ConfigError: there is no such file, it is not one object of JSON or HJSON, or it is beyond a limit.
@@ -78,6 +90,8 @@ def read(source: Source) -> Document:
     >>> read({"train_batch_size": 8}).raw
     {'train_batch_size': 8}
     """
+    if isinstance(source, Document):
+        return source
     if isinstance(source, Mapping):
         return Document(copied(source, where="config dict"), "config dict")
     if isinstance(source, os.PathLike):
@@ -88,6 +102,22 @@ def read(source: Source) -> Document:
         f"a configuration must be a dict, a path or base64 text, got {type(source).__name__}",
         fix='pass a dict such as {"train_micro_batch_size_per_gpu": 1}, or the path of a JSON file',
     )
+
+
+def read_text(text: str, where: str) -> Document:
+    """Return the configuration that ``text`` is.
+
+    Args:
+        text: JSON or HJSON, perhaps with a byte order mark.
+        where: what errors call it.
+
+    Raises:
+        ConfigError: it is not one object of JSON or HJSON, or it is beyond a limit.
+    """
+    bare = text.removeprefix("\ufeff")
+    parsed = parse(bare, where)
+    raw = copied(parsed.value, where=where)
+    return Document(raw, where, parsed.twice, bare, parsed.is_plain_json, has_mark=text.startswith("\ufeff"))
 
 
 def copied(source: Mapping[str, Any], *, where: str) -> dict[str, Any]:
@@ -174,14 +204,14 @@ def _read_text_source(text: str) -> Document:
         raise ConfigError("the path of the configuration is empty", fix="pass the path of a file, or a dict")
     if len(text) > 2 * MAX_BYTES:  # base64 makes four characters of three bytes
         raise too_large(f"the text has {len(text)} characters", "base64 text")
-    if _status(_expanded(Path(text))) is not None:
+    if _status(_expanded(pathlib.Path(text))) is not None:
         return _read_file(text)
     decoded = _decoded(text)
     if decoded is None:
         raise _not_found(text)
     if len(decoded) > MAX_BYTES:
         raise too_large(f"the text has {len(decoded)} bytes", "base64 text")
-    return _document(decoded.decode("utf-8-sig"), "base64 text")
+    return read_text(decoded.decode("utf-8"), "base64 text")
 
 
 def _decoded(text: str) -> bytes | None:
@@ -198,7 +228,7 @@ def _decoded(text: str) -> bytes | None:
     return data if decoded.lstrip().startswith("{") or ":" in decoded else None
 
 
-def _status(path: Path) -> os.stat_result | None:
+def _status(path: pathlib.Path) -> os.stat_result | None:
     """Return what the system knows of ``path``; None where that cannot be a file."""
     try:
         return path.stat()
@@ -208,7 +238,7 @@ def _status(path: Path) -> os.stat_result | None:
         return None
 
 
-def _expanded(path: Path) -> Path:
+def _expanded(path: pathlib.Path) -> pathlib.Path:
     # Pathlib leaves ~ alone, and shells expand it only where it is not quoted. A file that is really called ~ wins.
     if not str(path).startswith("~") or _status(path) is not None:
         return path
@@ -220,9 +250,9 @@ def _expanded(path: Path) -> Path:
 
 def _not_found(given: str) -> ConfigError:
     """Return the error for a path that is no file, with the nearest name there is."""
-    path = _expanded(Path(given))
+    path = _expanded(pathlib.Path(given))
     where, fix = f"working directory {_working_directory()}", "check the path"
-    if str(path) != str(Path(given)):
+    if str(path) != str(pathlib.Path(given)):
         where = _printable(str(path))
     looks_encoded = len(given) > 64 and re.fullmatch(r"[\w+=-]+", given, re.ASCII) is not None
     also = ", and the text is not base64 of a configuration either" if looks_encoded else ""
@@ -232,18 +262,18 @@ def _not_found(given: str) -> ConfigError:
         if not path.parent.is_dir():
             fix = f"check the path: there is no folder {_printable(str(path.parent))}"
         elif close := nearest(path.name, _names(path.parent)):
-            fix = f'did you mean "{_printable(str(Path(given).with_name(close)))}"?'
+            fix = f'did you mean "{_printable(str(pathlib.Path(given).with_name(close)))}"?'
     return ConfigError(f"file not found: {_printable(given)}{also}", where=where, fix=fix)
 
 
 def _working_directory() -> str:
     try:
-        return _printable(str(Path.cwd()))
+        return _printable(str(pathlib.Path.cwd()))
     except FileNotFoundError:
         return "that was deleted"
 
 
-def _names(folder: Path) -> list[str]:
+def _names(folder: pathlib.Path) -> list[str]:
     try:
         return [entry.name for entry in itertools.islice(folder.iterdir(), 1000)]
     except PermissionError:  # a folder may be open to those who know the name; then there is no nearest
@@ -251,7 +281,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _read_file(given: str) -> Document:
-    path = _expanded(Path(given))
+    path = _expanded(pathlib.Path(given))
     where = _printable(str(path))
     status = _status(path)
     if status is None:
@@ -273,10 +303,10 @@ def _read_file(given: str) -> Document:
         raise _unreadable(path, error) from error
     if len(data) > MAX_BYTES:
         raise too_large(f"the file has more than {MAX_BYTES} bytes", where)
-    return _document(_as_text(data, where), where)
+    return replace(read_text(_as_text(data, where), where), file=path)
 
 
-def _unreadable(path: Path, error: OSError) -> ConfigError:
+def _unreadable(path: pathlib.Path, error: OSError) -> ConfigError:
     fix = "check the path"
     if isinstance(error, PermissionError):
         fix = "give the user who runs this the right to read it"
@@ -292,19 +322,13 @@ def _as_text(data: bytes, where: str) -> str:
         if data.startswith(marks):
             raise ConfigError(f"the file is text in {name}, not in UTF-8", where=where, fix="save it as UTF-8")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"the file is not text in UTF-8: {error.reason} at byte {error.start}", where=where, fix="save it as UTF-8"
         ) from error
 
 
-def _document(text: str, where: str) -> Document:
-    parsed = parse(text, where)
-    return Document(copied(parsed.value, where=where), where, parsed.twice, text, parsed.is_plain_json)
-
-
 def _printable(text: str, limit: int = 200) -> str:
     """Return the beginning of ``text``, with escapes for what a terminal cannot show."""
-    text = text[:limit]
-    return text if text.isprintable() else repr(text)[1:-1]
+    return printable(text[:limit])

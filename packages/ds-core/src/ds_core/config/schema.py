@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from ds_core.config import catalog
 from ds_core.config.config import BatchKeys, Config
 from ds_core.config.migrate import DEPRECATED
-from ds_core.config.problems import sections_of
+from ds_core.config.paths import sections_of
 from ds_core.config.section import AUTO, NoEffect, NotBuilt, Section, show
+from ds_core.config.sections.argument_types import Arguments
 from ds_core.config.sections.arguments import ARGUMENTS
 from ds_core.config.sections.moved import Moved
 from ds_core.config.value_schema import Accepts, Schema, any_case, merged, options, widened
@@ -32,14 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["default_of", "json_schema", "key_remarks", "names_of", "plain", "section_remarks"]
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-TYPES = {
-    "optimizer": (
-        *("AdamW", "Adam", "Adagrad", "Lamb", "Lion", "Muon"),
-        *("OneBitAdam", "OneBitLamb", "ZeroOneAdam", "MuAdam", "MuAdamW", "MuSGD"),
-    ),
-    "scheduler": ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"),
-}
-"""Spelling of the types that have an entry in ``ARGUMENTS``, for completion."""
 
 
 def json_schema(section: str | None = None) -> Schema:
@@ -116,7 +109,7 @@ def default_of(info: FieldInfo) -> str:
     'true'
     """
     value = info.get_default(call_default_factory=True, validated_data={})
-    return "" if info.is_required() or isinstance(value, Section) else show(value, limit=200)
+    return "" if info.is_required() or isinstance(value, Section) else show(value, limit=1000)
 
 
 def _sentences(*parts: str) -> str:
@@ -188,7 +181,7 @@ class _Writer:
         found: Schema = {"properties": properties, "additionalProperties": _further_keys(model)}
         if required:
             found["required"] = required
-        for name in (name for name in TYPES if model is _declared(name)):
+        for name in (name for name in ARGUMENTS if model is _declared(name)):
             self._add_types(name, found)
         for section, declared in catalog.all_sections().items():
             if declared is model:
@@ -232,13 +225,13 @@ class _Writer:
 
     def _add_types(self, name: str, schema: Schema) -> None:
         """Let ``params`` depend on ``type``, where its arguments are known."""
-        schema["properties"]["type"]["examples"] = list(TYPES[name])
+        schema["properties"]["type"]["examples"] = list(ARGUMENTS[name])
         schema["allOf"] = [
             {
                 "if": {"properties": {"type": {"pattern": f"^{any_case(word)}$"}}, "required": ["type"]},
-                "then": {"properties": {"params": {"$ref": self._ref(ARGUMENTS[name, word.lower()])}}},
+                "then": {"properties": {"params": {"$ref": self._ref(arguments)}}},
             }
-            for word in TYPES[name]
+            for word, arguments in ARGUMENTS[name].items()
         ]
 
     def _add_deprecated(self, properties: Schema, section: tuple[str, ...]) -> None:
@@ -249,7 +242,7 @@ class _Writer:
 
 def _deprecated(row: Deprecated, properties: Schema) -> Schema:
     instead = f"Deprecated: write {row.instead}."
-    accepted: Schema = {"enum": [True, False, AUTO]} if row.is_switch or row.new is None else properties[row.new]
+    accepted: Schema = {"enum": [True, False, AUTO]} if row.is_switch else properties[row.new] if row.new else {}
     return _out_of_use(accepted, instead, instead)
 
 
@@ -263,7 +256,7 @@ def _accepts(model: type[Section], key: str) -> Accepts:
     """Return whether the loader takes a value of ``key``, as far as its form goes: built or not does not count."""
 
     def accepts(value: Any) -> bool:
-        if model in ARGUMENTS.values() and value == AUTO:
+        if issubclass(model, Arguments) and isinstance(value, str) and value == AUTO:
             return True  # left to whoever needs the value, required or not
         try:
             model.model_validate({key: value})

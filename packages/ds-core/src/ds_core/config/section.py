@@ -1,24 +1,35 @@
-"""What every configuration section is made of: :class:`Section`, its number types, and the marker for unbuilt keys."""
+"""What every configuration section is made of: :class:`Section`, and the markers of its keys."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import itertools
-import json
-import sys
 import textwrap
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from numbers import Integral
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, core_schema
 
+from ds_core.config.number_types import Count, Fraction, Int, Number, PositiveInt
+from ds_core.config.showing import HIDDEN, Secret, is_secret, show
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from pydantic import GetCoreSchemaHandler
     from pydantic.fields import FieldInfo
@@ -31,14 +42,17 @@ __all__ = [
     "DtypeName",
     "Fraction",
     "Int",
+    "NeededWhenOn",
     "NoEffect",
     "NotBuilt",
     "Number",
     "PositiveInt",
+    "Secret",
     "Section",
     "is_auto",
     "key",
     "lowered",
+    "needing",
     "show",
 ]
 
@@ -54,8 +68,9 @@ def is_auto(value: Any, field: FieldInfo | None) -> bool:
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are frozen, ``"auto"`` means the default.
 
-    A key may be written by its field name or by an alias, but not by both at once. The docstring under a field is its
-    description (:meth:`descriptions`).
+    Null means that a key is not given, as programs write it that have a place for every key; where null is a value of
+    the key's own type it is that value. A key may be written by its field name or by an alias, but not by both at once.
+    The docstring under a field is its description (:meth:`descriptions`).
 
     >>> class Limits(Section):
     ...     bucket_numel: Count = key("bucket_size", default=8)
@@ -73,6 +88,7 @@ class Section(BaseModel):
     )
 
     _field_of_key: ClassVar[dict[str, str]] = {}
+    _needed_when_on: ClassVar[dict[str, str]] = {}
 
     source: ClassVar[str] = ""
     """Where the facts of the section stand, such as ``spec/core.md 2.5``, or the promise that it keeps."""
@@ -90,6 +106,11 @@ class Section(BaseModel):
             for choice in alias.choices if isinstance(alias, AliasChoices) else [alias or name]:
                 cls._field_of_key[str(choice)] = name
             cls._field_of_key[name] = name
+        cls._needed_when_on = {
+            name: info.serialization_alias or name
+            for name, info in cls.model_fields.items()
+            if _is_marked(info, NeededWhenOn)
+        }
 
     @classmethod
     def fields_by_key(cls) -> Mapping[str, str]:
@@ -126,6 +147,28 @@ class Section(BaseModel):
                 return True
         return bool(self.__pydantic_extra__)
 
+    @classmethod
+    def is_switched_on(cls, data: Any) -> bool:
+        """Return whether ``data``, written where the section belongs and perhaps wrong in other keys, enables it.
+
+        Its ``enabled`` is read by the rules of that field alone; False where it is wrong, or no section is there.
+
+        >>> class Probe(Section):
+        ...     enabled: bool = False
+        ...     depth: Count = 2
+        >>> [Probe.is_switched_on({"enabled": word, "depth": -1}) for word in (True, "false", 1, "auto", "x")]
+        [True, False, True, False, False]
+        """
+        field = cls.model_fields.get("enabled")
+        if field is None or not isinstance(data, Mapping):
+            return False
+        # Not prepare: what it adds may depend on the answer.
+        written = cls._written({key: value for key, value in data.items() if cls._field_of_key.get(key) == "enabled"})
+        try:
+            return bool(_checker(cls, "enabled").validate_python(written.get("enabled", field.default)))
+        except ValidationError:
+            return False
+
     def why_off(self) -> str:
         """Return why nothing in the section is at work, empty if it is.
 
@@ -134,7 +177,7 @@ class Section(BaseModel):
         >>> Probe().why_off(), Probe(enabled=True).why_off()
         ('not enabled', '')
         """
-        if "enabled" in type(self).model_fields and not self.is_on():
+        if "enabled" in type(self).model_fields and not getattr(self, "enabled") and not self.is_on():  # noqa: B009
             return "not enabled"
         if self.comes_with:
             return f"what reads it comes with a later release of {self.comes_with}"
@@ -159,13 +202,37 @@ class Section(BaseModel):
     @classmethod
     def prepare(cls, data: Mapping[Any, Any]) -> dict[Any, Any]:
         """Return what to validate for ``data``, which is left as it is; a section with legacy forms extends this."""
-        prepared = {}
-        for name, value in data.items():
-            field = cls.fields_by_key().get(name)
-            if is_auto(value, cls.model_fields.get(field or "")):
-                continue
-            prepared[name] = value.value if isinstance(value, Enum) else value
+        prepared = cls._written(data)
+        if cls._needed_when_on and cls.is_switched_on(data):
+            written = {cls._field_of_key.get(key): key for key in prepared}
+            prepared = needing(prepared, (written.get(field, key) for field, key in cls._needed_when_on.items()))
         return prepared
+
+    @classmethod
+    def _written(cls, data: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Return ``data`` without the keys that count as left out, and members of enumerations as their values."""
+        plain = {name: value.value if isinstance(value, Enum) else value for name, value in data.items()}
+        return {name: value for name, value in plain.items() if not cls.is_left_out(name, value)}
+
+    @classmethod
+    def is_left_out(cls, key: Any, value: Any) -> bool:
+        """Return whether ``key`` counts as not given: it is null, or ``"auto"``, and that is no value of its own."""
+        field = cls._field_of_key.get(key)
+        if field is None:
+            return False
+        return field not in _nullable(cls) if value is None else is_auto(value, cls.model_fields[field])
+
+    @classmethod
+    def shown(cls, key: object, value: Any) -> str:
+        """Return the value of ``key``, one of the section or not, as messages show it: without secrets."""
+        field = cls.model_fields.get(cls._field_of_key.get(key, "")) if isinstance(key, str) else None
+        is_hidden = is_secret(key) if field is None else _is_marked(field, Secret)
+        return show(HIDDEN if is_hidden and value is not None else value)
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            field = type(self).model_fields.get(name or "")
+            yield name, HIDDEN if field is not None and value is not None and _is_marked(field, Secret) else value
 
     if not TYPE_CHECKING:  # a visible __getattr__ would hide our own typos from mypy
 
@@ -175,6 +242,31 @@ class Section(BaseModel):
             return getattr(self, field) if field and field != name else super().__getattr__(name)
 
 
+def _is_marked(field: FieldInfo, kind: type) -> bool:
+    return any(isinstance(marker, kind) for marker in field.metadata)
+
+
+@cache
+def _nullable(section: type[Section]) -> frozenset[str]:
+    """Return the fields whose type takes null."""
+    return frozenset(name for name, info in section.model_fields.items() if _takes_null(info.annotation))
+
+
+def _takes_null(annotation: Any) -> bool:
+    if get_origin(annotation) in (Annotated, Union, types.UnionType):
+        return any(map(_takes_null, get_args(annotation)))
+    return annotation in (Any, None, type(None))
+
+
+@cache
+def _checker(section: type[Section], field: str) -> TypeAdapter[Any]:
+    """Return what checks a value of one field by itself."""
+    info = section.model_fields[field]
+    checked: Any = Annotated[info.annotation, info]
+    return TypeAdapter(checked)
+
+
+@cache
 def _docstrings(section: type[Section]) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
     assert isinstance(body, ast.ClassDef)
@@ -223,6 +315,44 @@ class NotBuilt:
         return value
 
 
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class NeededWhenOn:
+    """Marks a key that must be given while its section is on (:meth:`Section.is_switched_on`)::
+
+        max_tokens: Annotated[PositiveInt | None, NeededWhenOn()] = None
+
+    Where the switch is in another section, that one says so (:func:`needing`).
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(_not_missing, handler(source))
+
+
+def _not_missing(value: Any) -> Any:
+    if value is _MISSING:
+        raise PydanticCustomError("missing", "is missing, and the section is enabled")
+    return value
+
+
+def needing(data: Any, keys: Iterable[str]) -> Any:
+    """Return ``data``, what a section is to be made of, so that each of ``keys`` that is left out or empty is an error.
+
+    Args:
+        data: left as it is; what is no mapping is returned.
+        keys: they have the marker :class:`NeededWhenOn`.
+    """
+    if not isinstance(data, Mapping):
+        return data
+    return {**data, **{key: _MISSING for key in keys if _says_nothing(data.get(key))}}
+
+
+def _says_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, Mapping)) and value in ("", AUTO, {}))
+
+
 @dataclass(frozen=True)
 class NoEffect:
     """Marks a key that is accepted and changes nothing, always or in some configurations; ``engine.report()`` says why.
@@ -240,84 +370,6 @@ class NoEffect:
     def holds(self, config: Config) -> bool:
         """Return whether the key has no effect in ``config``."""
         return self.when is None or self.when(config)
-
-
-def show(value: Any, *, limit: int = 60) -> str:
-    """Return ``value`` as a user would write it in JSON, cut to ``limit`` characters.
-
-    >>> show({"enabled": True})
-    '{"enabled": true}'
-    """
-    text = _json(value, depth=3)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _json(value: Any, depth: int) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, str):
-        return json.dumps(value[:1000], ensure_ascii=False)
-    if isinstance(value, Mapping):
-        inner = (f"{_json(name, 0)}: {_json(item, depth - 1)}" for name, item in _first(value.items()))
-        return "{" + ", ".join(inner) + "}" if depth > 0 else "{...}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_json(item, depth - 1) for item in _first(value)) + "]" if depth > 0 else "[...]"
-    return repr(value)
-
-
-def _first(items: Any) -> list[Any]:
-    # Messages show the beginning only; a list of a million entries must not be printed first and cut afterwards.
-    return [item for item, _ in zip(items, range(20), strict=False)]
-
-
-def _whole(value: Any) -> int:
-    number = _number(value)
-    if number is None or (isinstance(number, float) and not number.is_integer()):  # False for inf and nan too
-        raise PydanticCustomError("whole_number", "must be a whole number")
-    return int(number)
-
-
-def _finite(value: Any) -> float:
-    number = _number(value)
-    # math.isfinite would raise for an int that no float can hold; False for inf and nan too.
-    if number is None or not -sys.float_info.max <= number <= sys.float_info.max:
-        raise PydanticCustomError("number", "must be a finite number")
-    return float(number)
-
-
-def _number(value: Any) -> int | float | None:
-    # bool is an int in Python, but "gradient_clipping": true is a mistake.
-    if not isinstance(value, bool):
-        if isinstance(value, (int, float)):
-            return value
-        if isinstance(value, str):
-            return _parsed(value)
-        if isinstance(value, Integral):  # numpy's
-            return int(value)
-        if hasattr(value, "__float__"):  # numpy's float32, a tensor with one element
-            return float(value)
-    return None
-
-
-def _parsed(text: str) -> int | float | None:
-    for parse in (int, float):
-        try:
-            return parse(text)
-        except ValueError:
-            continue
-    return None
-
-
-Int = Annotated[int, BeforeValidator(_whole)]
-"""Any whole number; ``5e8`` and ``"2"`` are whole, ``true`` is not a number."""
-Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
-"""A whole number from 0."""
-PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
-"""A whole number from 1."""
-Number = Annotated[float, BeforeValidator(_finite)]
-"""A finite number."""
-Fraction = Annotated[Number, Field(ge=0, le=1)]
-"""A number from 0 to 1."""
 
 
 def lowered(value: Any) -> Any:

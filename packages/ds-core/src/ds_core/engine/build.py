@@ -90,13 +90,12 @@ def choose(config: Config) -> Choice:
     name, needed_by = _precision_name(config)
     precision: Precision = _load(config, "precision", name, needed_by)(config)
     stage = config.zero_optimization.stage
-    partition = config.partition.type or ("replicated" if stage == 0 else str(stage))
     by = "partition.type" if config.partition.type else f"zero_optimization.stage {stage}"
     if config.optimizer is not None:
         find_optimizer(config.optimizer.type)
     return Choice(
         precision,
-        _load(config, "partition", partition, by),
+        _load(config, "partition", config.plugin("partition"), by),
         _load(config, "checkpoint", config.checkpoint.engine, "checkpoint.engine"),
         _monitors(config),
     )
@@ -119,12 +118,10 @@ def _monitors(config: Config) -> list[tuple[type[Monitor], Section]]:
 
 
 def _precision_name(config: Config) -> tuple[str, str]:
+    name = config.plugin("precision")
     if config.precision.type is not None:
-        return config.precision.type, "precision.type"
-    for name in ("fp16", "bf16", "torch_autocast"):
-        if config.enables(name):
-            return name, f"{name}.enabled"
-    return "fp32", "precision"
+        return name, "precision.type"
+    return name, "precision" if name == "fp32" else f"{name}.enabled"
 
 
 def build_engine(arguments: Arguments) -> DeepSpeedEngine:
@@ -168,6 +165,7 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
         )
     )
     _warn_of_dtypes(partition)
+    _warn_of_vocabulary(config)
     optimizer = schedule = None
     if trains:
         optimizer = _optimizer(arguments, partition)
@@ -246,6 +244,16 @@ def _warn_of_dtypes(partition: Partition) -> None:
             f"the batch statistics of {len(mixed)} modules, such as {mixed[0]!r}, have another dtype than their "
             'weights, which torch refuses on a CPU: set "buffer_dtype" in "data_types" to the dtype of the weights, '
             'or train under "torch_autocast"',
+            level=logging.WARNING,
+        )
+
+
+def _warn_of_vocabulary(config: Config) -> None:
+    size = config.vocabulary_size
+    if size is not None and size % 8:
+        log_dist(
+            f"vocabulary_size: {size} is not a multiple of 8, so tensor cores are not used in full: "
+            f"pad the vocabulary to {-(-size // 8) * 8}",
             level=logging.WARNING,
         )
 

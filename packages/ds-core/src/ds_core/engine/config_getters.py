@@ -126,16 +126,16 @@ class ConfigGetters(ZeroGetters):
         return None if self.basic_optimizer is None else type(self.basic_optimizer).__name__
 
     def optimizer_params(self) -> dict[str, Any] | None:
-        """Return the configured arguments of the optimizer; None without a section ``optimizer``."""
-        return None if self._config.optimizer is None else self._config.optimizer.params
+        """Return a copy of the configured arguments of the optimizer; None without a section ``optimizer``."""
+        return None if self._config.optimizer is None else dict(self._config.optimizer.params)
 
     def scheduler_name(self) -> str | None:
         """Return the configured name of the learning-rate schedule; None without a section ``scheduler``."""
         return None if self._config.scheduler is None else self._config.scheduler.type
 
     def scheduler_params(self) -> dict[str, Any] | None:
-        """Return the configured arguments of the schedule; None without a section ``scheduler``."""
-        return None if self._config.scheduler is None else self._config.scheduler.params
+        """Return a copy of the configured arguments of the schedule; None without a section ``scheduler``."""
+        return None if self._config.scheduler is None else dict(self._config.scheduler.params)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ds_core import comm
-from ds_core.config.effects import without_effect
 from ds_core.engine import state
 from ds_core.engine.config_getters import ConfigGetters
+from ds_core.engine.effects import without_effect_here
 from ds_core.engine.parts import Outcome
 from ds_core.errors import ConfigError, EngineError, NotBuiltError
 
@@ -222,7 +222,10 @@ class EngineFace(ConfigGetters, nn.Module):
     # -- what is at work ----------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, str]:
-        """Return what is at work here and what is not: part -> effect, in words (P03b)."""
+        """Return what is at work here and what is not: part -> effect, and path of a key -> why it has none (P03b).
+
+        Every key that was given and changes nothing here is listed, as ``no effect: <reason>``.
+        """
         parts = self.parts
         found = {
             "precision": type(parts.precision).__name__,
@@ -238,19 +241,7 @@ class EngineFace(ConfigGetters, nn.Module):
                 "multiply": "one multiplication before the update, skipped at 1",
             }[parts.optimizer.way]
         found.update(parts.partition.report())
-        found.update(self._without_effect())
-        return found
-
-    def _without_effect(self) -> dict[str, str]:
-        """Return the keys the caller gave that change nothing here, each with the reason."""
-        found = without_effect(self._config)
-        given = self._config.given()
-        if "dataloader_drop_last" in given and self.training_dataloader is None:
-            found["dataloader_drop_last"] = "no effect: no training_data was given"
-        for name, brought in (("optimizer", self.client_optimizer), ("scheduler", self.client_lr_scheduler)):
-            if name in given and brought is not None:
-                argument = "optimizer" if name == "optimizer" else "lr_scheduler"
-                found[name] = f"no effect: initialize was given {argument}="
+        found.update(without_effect_here(self))
         return found
 
     # -- the module -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 
 from ds_core import registry
 from ds_core._packages import PACKAGE_OF_PLUGIN
-from ds_core.errors import ConfigError
+from ds_core.errors import ConfigError, NotBuiltError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
 __all__ = ["build_optimizer", "check_steps_without_closure", "find_optimizer"]
 
+_LATER = ("muadam", "muadamw", "musgd")
+"""Optimizers of DeepSpeed's, from the package mup. Without this list the hint would be Adam, which is another one."""
+
 
 def find_optimizer(type_name: str) -> OptimizerFactory:
     """Return what builds ``optimizer.type``: a plugin of that name in lower case, else ``torch.optim``'s, in any case.
 
     Raises:
         MissingPackageError: a known package brings it.
+        NotBuiltError: DeepSpeed has it, and no package brings it yet.
         PluginError: nobody does; names the nearest.
     """
     name = type_name.lower()
@@ -31,6 +35,12 @@ def find_optimizer(type_name: str) -> OptimizerFactory:
     if name in of_torch and name not in registry.names("optimizer") and ("optimizer", name) not in PACKAGE_OF_PLUGIN:
         factory: OptimizerFactory = of_torch[name]
         return factory
+    if name in _LATER and name not in registry.names("optimizer"):
+        raise NotBuiltError(
+            f"optimizer {type_name} is not built yet: it comes with a later release of ds-core",
+            where="optimizer.type",
+            fix="take another optimizer, or pass your own to initialize",
+        )
     found: OptimizerFactory = registry.find(
         "optimizer", name, needed_by=f"optimizer.type {type_name}", others=tuple(of_torch)
     ).load()

@@ -165,6 +165,8 @@ class ReplicatedPartition(Partition):
         if isinstance(self._gradients, Bucketer):
             sizes = [bucket.message_bytes for bucket in self._gradients.buckets]
             found["gradient buckets"] = f"{len(sizes)}, {sum(sizes)} bytes in all, summed while backward runs"
+        elif "bucket_bytes" in self.inputs.config.partition.options.get("replicated", {}):
+            found["partition.replicated.bucket_bytes"] = "no effect: one rank has nothing to reduce"
         if self._outside and self._params:
             listing = ", ".join(self.inputs.names[param] for param in self._outside)
             found["trainable parameters without an optimizer"] = f"not reduced, not updated: {listing}"

@@ -1,4 +1,4 @@
-"""Sections ``compression_training``, ``eigenvalue``, ``quantize_training`` and ``sparse_attention``."""
+"""Sections ``compression_training``, ``quantize_training`` and ``sparse_attention``."""
 
 from __future__ import annotations
 

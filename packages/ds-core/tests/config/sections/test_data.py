@@ -14,6 +14,7 @@ from ds_core.config.sections.data import (
     DynamicBatchingSection,
     ProgressiveLayerDropSection,
     RandomLtdSection,
+    SamplingCurriculumSection,
 )
 from ds_core.testing.config import SectionContract
 
@@ -125,7 +126,8 @@ def test_an_unknown_key_in_a_metric() -> None:
     ],
 )
 def test_words(section: type[Section], key: str, allowed: str) -> None:
-    assert only(section, {key: "zork"}).text == f'got "zork", allowed are {allowed}'
+    expected = f"allowed are {allowed}" if " or " in allowed else f"only {allowed} is allowed"
+    assert only(section, {key: "zork"}).text == f'got "zork", {expected}'
 
 
 @pytest.mark.parametrize(
@@ -148,52 +150,60 @@ def test_bounds(section: type[Section], value: dict[str, Any], path: str) -> Non
     assert only(section, value).path == path
 
 
+def missing(section: type[Section], value: dict[str, Any]) -> list[str]:
+    _, problems = validate(section, value)
+    assert all(problem.text.startswith("is missing") for problem in problems)
+    assert [problem.fix for problem in problems] == [f'add "{problem.keys[-1]}"' for problem in problems]
+    return [problem.path for problem in problems]
+
+
 def test_what_an_enabled_section_needs() -> None:
-    problem = only(DataEfficiencySection, curriculum(enabled=True))
-    assert problem.path == "data_sampling.curriculum_learning"
-    assert problem.text.endswith('needs "curriculum_metrics" while it is enabled')
-    problem = only(DynamicBatchingSection, {"enabled": True})
-    assert problem.text == 'got {"enabled": true}, needs "max_tokens" while it is enabled'
-    assert validate(DynamicBatchingSection, {"enabled": False})[1] == []
+    held = "data_sampling.curriculum_learning.curriculum_metrics"
+    assert missing(DataEfficiencySection, curriculum(enabled=True)) == [held]
+    assert missing(DataEfficiencySection, curriculum(enabled="yes", curriculum_metrics={})) == [held]
+    assert missing(DynamicBatchingSection, {"enabled": True}) == ["max_tokens"]
+    assert missing(DynamicBatchingSection, {"enabled": True, "max_tokens": None}) == ["max_tokens"]
+    assert missing(DynamicBatchingSection, {"enabled": False}) == []
+    # What else is wrong is told beside it.
+    _, problems = validate(DynamicBatchingSection, {"enabled": True, "min_batch_size": 0})
+    assert {problem.path for problem in problems} == {"max_tokens", "min_batch_size"}
 
 
 @pytest.mark.parametrize(
-    ("schedule", "mistake"),
+    ("schedule", "absent"),
     [
-        (
-            {"schedule_type": None, "min_difficulty": None},
-            '"curriculum_metrics.mine" needs "min_difficulty" and "schedule_type"',
-        ),
-        ({"max_difficulty": None}, '"curriculum_metrics.mine" needs "max_difficulty"'),
-        (
-            {"schedule_config": {}},
-            (
-                '"curriculum_metrics.mine" needs "schedule_config.total_curriculum_step" and '
-                '"schedule_config.difficulty_step" for schedule_type "fixed_linear"'
-            ),
-        ),
-        (
-            {"schedule_type": "fixed_root"},
-            '"curriculum_metrics.mine" needs "schedule_config.root_degree" for schedule_type "fixed_root"',
-        ),
-        (
-            {"schedule_type": "fixed_discrete"},
-            (
-                '"curriculum_metrics.mine" needs "schedule_config.difficulty" and "schedule_config.max_step" '
-                'for schedule_type "fixed_discrete"'
-            ),
-        ),
-        (
-            {"schedule_type": "fixed_discrete", "schedule_config": {"difficulty": [1, 2], "max_step": [5, 9]}},
-            '"curriculum_metrics.mine" has 2 values in "difficulty" for 2 in "max_step", which takes one less',
-        ),
+        ({"schedule_type": None, "min_difficulty": None}, ["min_difficulty", "schedule_type"]),
+        ({"max_difficulty": "auto"}, ["max_difficulty"]),
+        ({"schedule_config": {}}, ["schedule_config.total_curriculum_step", "schedule_config.difficulty_step"]),
+        ({"schedule_config": None}, ["schedule_config.total_curriculum_step", "schedule_config.difficulty_step"]),
+        ({"schedule_type": "fixed_root"}, ["schedule_config.root_degree"]),
+        ({"schedule_type": "fixed_discrete"}, ["schedule_config.difficulty", "schedule_config.max_step"]),
     ],
 )
-def test_what_a_metric_needs(schedule: dict[str, Any], mistake: str) -> None:
+def test_what_a_metric_needs(schedule: dict[str, Any], absent: list[str]) -> None:
+    metrics = {"good": SCHEDULE, "mine": SCHEDULE | schedule}
+    held = "data_sampling.curriculum_learning.curriculum_metrics.mine"
+    paths = missing(DataEfficiencySection, curriculum(enabled=True, curriculum_metrics=metrics))
+    assert sorted(paths) == sorted(f"{held}.{key}" for key in absent)
+    assert validate(DataEfficiencySection, curriculum(curriculum_metrics=metrics))[1] == []
+
+
+def test_a_discrete_schedule_has_one_step_less_than_values() -> None:
+    schedule = {"schedule_type": "fixed_discrete", "schedule_config": {"difficulty": [1, 2], "max_step": [5, 9]}}
     metrics = {"good": SCHEDULE, "mine": SCHEDULE | schedule}
     problem = only(DataEfficiencySection, curriculum(enabled=True, curriculum_metrics=metrics))
-    assert problem.text.endswith(f", {mistake} while it is enabled")
+    held = "data_sampling.curriculum_learning.curriculum_metrics.mine"
+    assert problem.path == f"{held}.schedule_config.difficulty"
+    assert problem.text == "got [1, 2], must have one value more than max_step, which has 2"
     assert validate(DataEfficiencySection, curriculum(curriculum_metrics=metrics))[1] == []
+    problem = only(CurriculumLearningSection, {"enabled": True, **SCHEDULE, **schedule})
+    assert problem.path == "schedule_config.difficulty"
+
+
+@pytest.mark.parametrize("metrics", [3, [], "x", {"mine": 3}, {"mine": {"schedule_config": 3}}, {3: {}}])
+def test_what_is_no_metric_is_told(metrics: object) -> None:
+    _, problems = validate(SamplingCurriculumSection, {"enabled": True, "curriculum_metrics": metrics})
+    assert problems != []
 
 
 @pytest.mark.parametrize(
@@ -218,8 +228,9 @@ def test_whole_schedules(schedule: dict[str, Any]) -> None:
 
 def test_the_legacy_section() -> None:
     assert not CurriculumLearningSection(min_difficulty=8).is_on()
-    problem = only(CurriculumLearningSection, {"enabled": True, **SCHEDULE, "min_difficulty": None})
-    assert problem.text.endswith('needs "min_difficulty" while it is enabled')
+    assert missing(CurriculumLearningSection, {"enabled": True, **SCHEDULE, "min_difficulty": None}) == [
+        "min_difficulty"
+    ]
     assert CurriculumLearningSection.comes_with == "ds-core"
 
 

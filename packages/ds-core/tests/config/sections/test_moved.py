@@ -87,11 +87,6 @@ def test_values_are_checked_where_they_go() -> None:
     assert problem.text == "got 0, must be at least 1"
 
 
-def test_the_schema_calls_them_deprecated() -> None:
-    properties = Sample.model_json_schema(by_alias=True)["properties"]
-    assert {name for name, schema in properties.items() if schema.get("deprecated")} == {"old_size", "old_group"}
-
-
 def test_what_moved_is_told() -> None:
     given = {"older_size": 4, "in": {"group": "g"}, "old_group": "other"}
     result, moves = moved(Sample, given)

@@ -32,11 +32,18 @@ PARAMS: dict[str, dict[str, Any]] = {
 """Technique -> what the ``params`` of a group need."""
 
 
-def technique(name: str, *, params: dict[str, Any] | None = None, **shared: Any) -> dict[str, Any]:
+def technique(name: str, **shared: Any) -> dict[str, Any]:
     """Return a section in which technique ``name`` is on and whole."""
     shared = {"enabled": True, **({"num_heads": 12} if name == "head_pruning" else {}), **shared}
-    groups = {"mine": {"params": PARAMS[name] if params is None else params, "modules": ["attention"]}}
+    groups = {"mine": {"params": PARAMS[name], "modules": ["attention"]}}
     return {name: {"shared_parameters": shared, "different_groups": groups}}
+
+
+def with_params(params: Any, name: str, **shared: Any) -> dict[str, Any]:
+    """Return a section in which the one group of technique ``name`` has these ``params``."""
+    value = technique(name, **shared)
+    value[name]["different_groups"]["mine"]["params"] = params
+    return value
 
 
 def only(value: dict[str, Any]) -> Problem:
@@ -99,18 +106,29 @@ def test_an_enabled_one_needs_groups(name: str) -> None:
     value = technique(name)
     del value[name]["different_groups"]
     problem = only(value)
-    assert problem.path == name
-    assert problem.text.endswith(', needs "different_groups" while it is enabled')
+    assert problem.path == f"{name}.different_groups"
+    assert problem.text.startswith("is missing")
+    assert problem.fix == 'add "different_groups"'
     value[name]["shared_parameters"]["enabled"] = False
     assert validate(CompressionTrainingSection, value)[1] == []
 
 
 @pytest.mark.parametrize("name", PARAMS)
 def test_an_enabled_one_needs_its_params(name: str) -> None:
-    problem = only(technique(name, params={}))
-    keys = " and ".join(f'"different_groups.mine.params.{key}"' for key in PARAMS[name])
-    assert problem.text.endswith(f", needs {keys} while it is enabled")
-    assert validate(CompressionTrainingSection, technique(name, params={}, enabled=False))[1] == []
+    for params in ({}, None):
+        _, problems = validate(CompressionTrainingSection, with_params(params, name))
+        assert [problem.path for problem in problems] == [
+            f"{name}.different_groups.mine.params.{key}" for key in PARAMS[name]
+        ]
+        assert all(problem.text.startswith("is missing") for problem in problems)
+        assert validate(CompressionTrainingSection, with_params(params, name, enabled=False))[1] == []
+
+
+@pytest.mark.parametrize("groups", [3, [], "x", {"mine": 3}, {"mine": {"params": 3}}, {3: {}}])
+def test_what_is_no_group_is_told(groups: object) -> None:
+    value = technique("row_pruning")
+    value["row_pruning"]["different_groups"] = groups
+    assert validate(CompressionTrainingSection, value)[1] != []
 
 
 @pytest.mark.parametrize("name", PARAMS)
@@ -125,14 +143,14 @@ def test_an_unknown_key_in_a_group(name: str) -> None:
 
 
 def test_snip_momentum_has_one_ratio_for_all() -> None:
-    value = technique("sparse_pruning", params={}, method="snip_momentum")
+    value = with_params({}, "sparse_pruning", method="snip_momentum")
     assert validate(CompressionTrainingSection, value)[1] == []
 
 
 def test_heads_are_counted() -> None:
     problem = only(technique("head_pruning", num_heads=None))
-    assert problem.path == "head_pruning.shared_parameters"
-    assert problem.text.endswith('needs "num_heads" while it is enabled')
+    assert problem.path == "head_pruning.shared_parameters.num_heads"
+    assert problem.text.startswith("is missing")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +169,8 @@ def test_heads_are_counted() -> None:
 def test_words(name: str, key: str, allowed: str) -> None:
     problem = only({name: {"shared_parameters": {key: "zork"}}})
     assert problem.path == f"{name}.shared_parameters.{key}"
-    assert problem.text == f'got "zork", allowed are {allowed}'
+    expected = f"allowed are {allowed}" if " or " in allowed else f"only {allowed} is allowed"
+    assert problem.text == f'got "zork", {expected}'
 
 
 @pytest.mark.parametrize(

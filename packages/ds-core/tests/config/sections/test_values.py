@@ -50,7 +50,7 @@ def test_count_or_auto(value: Any, meant: Any) -> None:
     assert sample(count=value).count == meant
 
 
-@pytest.mark.parametrize("value", [0, 1.5, "many", None, True])
+@pytest.mark.parametrize("value", [0, 1.5, "many", True])
 def test_not_a_count_nor_auto(value: Any) -> None:
     assert problem_of(count=value).endswith('must be a whole number from 1, or "auto"')
 
@@ -60,7 +60,7 @@ def test_number_or_auto(value: Any, meant: Any) -> None:
     assert sample(number=value).number == meant
 
 
-@pytest.mark.parametrize("value", [float("inf"), "much", None, True])
+@pytest.mark.parametrize("value", [float("inf"), "much", True])
 def test_not_a_number_nor_auto(value: Any) -> None:
     assert problem_of(number=value).endswith('must be a finite number, or "auto"')
 
@@ -91,16 +91,6 @@ def test_a_switch_is_a_section(value: bool) -> None:
 def test_neither_switch_nor_section() -> None:
     assert problem_of(inner=3) == "inner: got 3, must be an object { ... }"
     assert problem_of(inner={"depth": 0}).startswith("inner.depth: got 0")
-
-
-def test_the_schema_says_what_is_accepted() -> None:
-    properties = Sample.model_json_schema(by_alias=True)["properties"]
-    assert {"const": "auto", "type": "string"} in properties["count"]["anyOf"]
-    assert {"minimum": 1, "type": "integer"} in properties["count"]["anyOf"]
-    assert [choice["type"] for choice in properties["number"]["anyOf"]] == ["number", "string"]
-    assert [choice["type"] for choice in properties["either"]["anyOf"]] == ["string", "object", "null"]
-    assert properties["pattern"]["type"] == "string"
-    assert {"type": "boolean"} in properties["inner"]["anyOf"]
 
 
 def test_auto_travels_as_json() -> None:

@@ -12,13 +12,26 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-__all__ = ["Betas", "Flag", "PerGroup", "Rate", "Real", "Share", "StepCount", "Steps", "whole"]
+from ds_core.config.section import Section
+
+__all__ = ["Arguments", "Betas", "Flag", "PerGroup", "Rate", "Real", "Share", "StepCount", "Steps", "whole"]
+
+
+NO_QUOTES = ", not in quotes"
+
+
+class Arguments(Section):
+    """Base of the arguments of one constructor. Null is no way to leave one out: the constructor would get it."""
+
+    @classmethod
+    def is_left_out(cls, key: Any, value: Any) -> bool:
+        return value is not None and super().is_left_out(key, value)
 
 
 def _real(value: Any) -> float:
     number = _as_float(value)
     if number is None:
-        raise PydanticCustomError("number", "must be a finite number, not in quotes")
+        raise PydanticCustomError("number", "must be a finite number" + (NO_QUOTES if isinstance(value, str) else ""))
     return number
 
 
@@ -33,10 +46,15 @@ def _as_float(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _is_whole_float(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()
+
+
 def whole(value: Any) -> int:
     """Return ``value`` if it is an int; 4.0 and "4" are none."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise PydanticCustomError("whole_number", "must be a whole number, without a point and not in quotes")
+        why = NO_QUOTES if isinstance(value, str) else ", without a point" if _is_whole_float(value) else ""
+        raise PydanticCustomError("whole_number", "must be a whole number" + why)
     return int(value)
 
 
@@ -57,7 +75,8 @@ def _pair(value: Any) -> tuple[float, float]:
 def _for_groups(value: Any) -> float | tuple[float, ...]:
     numbers = [_as_float(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
     if not numbers or None in numbers:
-        raise PydanticCustomError("per_group", "must be a finite number, or a list of one per parameter group")
+        why = NO_QUOTES if isinstance(value, str) else ""
+        raise PydanticCustomError("per_group", f"must be a finite number{why}, or a list of one per parameter group")
     found = tuple(number for number in numbers if number is not None)
     return found if isinstance(value, (list, tuple)) else found[0]
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ds_core.config.paths import is_open
 from ds_core.config.problems import Problem, validate
-from ds_core.config.section import AUTO, Section
 from ds_core.config.sections.optimizer_arguments import (
     AdagradArguments,
     AdamArguments,
@@ -33,28 +33,36 @@ from ds_core.config.sections.schedule_arguments import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ds_core.config.section import Section
+
 __all__ = ["ARGUMENTS", "argument_problems", "arguments_of"]
 
-ARGUMENTS: dict[tuple[str, str], type[Section]] = {
-    ("optimizer", "adam"): AdamArguments,
-    ("optimizer", "adamw"): AdamArguments,
-    ("optimizer", "adagrad"): AdagradArguments,
-    ("optimizer", "lamb"): LambArguments,
-    ("optimizer", "lion"): LionArguments,
-    ("optimizer", "muon"): MuonArguments,
-    ("optimizer", "onebitadam"): OnebitAdamArguments,
-    ("optimizer", "onebitlamb"): OnebitLambArguments,
-    ("optimizer", "zerooneadam"): ZeroOneAdamArguments,
-    ("optimizer", "muadam"): MuAdamArguments,
-    ("optimizer", "muadamw"): MuAdamWArguments,
-    ("optimizer", "musgd"): MuSgdArguments,
-    ("scheduler", "warmuplr"): WarmupLRArguments,
-    ("scheduler", "warmupdecaylr"): WarmupDecayLRArguments,
-    ("scheduler", "warmupcosinelr"): WarmupCosineLRArguments,
-    ("scheduler", "onecycle"): OneCycleArguments,
-    ("scheduler", "lrrangetest"): LRRangeTestArguments,
+ARGUMENTS: dict[str, dict[str, type[Section]]] = {
+    "optimizer": {
+        "AdamW": AdamArguments,
+        "Adam": AdamArguments,
+        "Adagrad": AdagradArguments,
+        "Lamb": LambArguments,
+        "Lion": LionArguments,
+        "Muon": MuonArguments,
+        "OneBitAdam": OnebitAdamArguments,
+        "OneBitLamb": OnebitLambArguments,
+        "ZeroOneAdam": ZeroOneAdamArguments,
+        "MuAdam": MuAdamArguments,
+        "MuAdamW": MuAdamWArguments,
+        "MuSGD": MuSgdArguments,
+    },
+    "scheduler": {
+        "WarmupLR": WarmupLRArguments,
+        "WarmupDecayLR": WarmupDecayLRArguments,
+        "WarmupCosineLR": WarmupCosineLRArguments,
+        "OneCycle": OneCycleArguments,
+        "LRRangeTest": LRRangeTestArguments,
+    },
 }
-"""Section and type in lower case -> its arguments. All other types are torch's or a plugin's: their builder checks."""
+"""Section -> type, as people write it -> its arguments. All other types are torch's or a plugin's: their builder
+checks."""
+_ANY_CASE = {section: {name.lower(): model for name, model in models.items()} for section, models in ARGUMENTS.items()}
 
 
 def arguments_of(section_name: str, type_name: str) -> type[Section] | None:
@@ -67,13 +75,7 @@ def arguments_of(section_name: str, type_name: str) -> type[Section] | None:
     >>> arguments_of("optimizer", "AdamW") is arguments_of("optimizer", "Adam")
     True
     """
-    return ARGUMENTS.get((section_name, type_name.lower()))
-
-
-def _is_open(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(map(_is_open, value))
-    return isinstance(value, str) and value == AUTO
+    return _ANY_CASE[section_name].get(type_name.lower())
 
 
 IGNORES_UNKNOWN = {("optimizer", "muon")}
@@ -92,7 +94,7 @@ def argument_problems(section_name: str, type_name: str, params: Mapping[str, An
     if model is None:
         return []
     given = {
-        name: value for name, value in params.items() if not _is_open(value) and (section_name, name) not in ELSEWHERE
+        name: value for name, value in params.items() if not is_open(value) and (section_name, name) not in ELSEWHERE
     }
     is_ignorable = (section_name, type_name.lower()) in IGNORES_UNKNOWN
     _, problems = validate(model, given, path=(section_name, "params"), unknown_is_ignorable=is_ignorable)

@@ -34,7 +34,8 @@ class ChoiceSection(Section):
         raise NotImplementedError
 
     def unread(self, key: str) -> tuple[NoEffect, ...]:
-        return () if key == self.chosen else (NoEffect(f"{show(key)} was not chosen"),)
+        why = f"{show(key)} was not chosen; its keys are unchecked"
+        return (NoEffect(why, when=lambda config: config.plugin(self.seam) != key),)
 
     @property
     def options(self) -> dict[str, dict[str, Any]]:

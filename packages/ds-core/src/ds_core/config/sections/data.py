@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from ds_core.config.section import Count, Fraction, Int, NotBuilt, Number, PositiveInt, Section
+from ds_core.config.section import (
+    Count,
+    Fraction,
+    Int,
+    NeededWhenOn,
+    NotBuilt,
+    Number,
+    PositiveInt,
+    Section,
+    needing,
+)
 
 __all__ = [
     "CurriculumLearningSection",
@@ -41,15 +52,15 @@ class DifficultyScheduleSection(Section):
 
     source = SOURCE
 
-    difficulty: tuple[Int, ...] | None = None
+    difficulty: Annotated[tuple[Int, ...] | None, NeededWhenOn()] = None
     """``fixed_discrete``: the difficulties, one more than ``max_step`` has entries."""
-    max_step: tuple[Count, ...] | None = None
+    max_step: Annotated[tuple[Count, ...] | None, NeededWhenOn()] = None
     """``fixed_discrete``: the last step of every difficulty but the last."""
-    total_curriculum_step: PositiveInt | None = None
+    total_curriculum_step: Annotated[PositiveInt | None, NeededWhenOn()] = None
     """``fixed_root``, ``fixed_linear``: steps until the largest difficulty is reached."""
-    difficulty_step: PositiveInt | None = None
+    difficulty_step: Annotated[PositiveInt | None, NeededWhenOn()] = None
     """``fixed_root``, ``fixed_linear``: difficulties are multiples of this."""
-    root_degree: PositiveInt | None = None
+    root_degree: Annotated[PositiveInt | None, NeededWhenOn()] = None
     """``fixed_root``: the difficulty grows with this root of the step."""
 
 
@@ -65,40 +76,37 @@ NEEDED = {
 class _Difficulty(Section):
     """A difficulty that rises with the steps."""
 
-    min_difficulty: Int | None = None
+    min_difficulty: Annotated[Int | None, NeededWhenOn()] = None
     """Difficulty of the first steps, in the metric's own unit; needed where the curriculum is enabled."""
-    max_difficulty: Int | None = None
+    max_difficulty: Annotated[Int | None, NeededWhenOn()] = None
     """Difficulty at the end of the schedule, in the metric's own unit; needed where the curriculum is enabled."""
-    schedule_type: Literal["fixed_discrete", "fixed_linear", "fixed_root", "custom"] | None = None
+    schedule_type: Annotated[
+        Literal["fixed_discrete", "fixed_linear", "fixed_root", "custom"] | None, NeededWhenOn()
+    ] = None
     """How the difficulty rises: a list, a line, a root, or a function set in code; needed where it is enabled."""
     schedule_config: DifficultyScheduleSection = Field(default_factory=DifficultyScheduleSection)
     """Numbers of the schedule."""
 
-    def mistakes(self) -> list[str]:
-        """Return what keeps the schedule from running, in the words of an error."""
-        keys = ("min_difficulty", "max_difficulty", "schedule_type")
-        absent = [f'"{key}"' for key in keys if getattr(self, key) is None]
-        found = [f"needs {_listed(absent)}"] if absent else []
-        config = self.schedule_config
-        needed = NEEDED[self.schedule_type] if self.schedule_type else ()
-        missing = [f'"schedule_config.{key}"' for key in needed if getattr(config, key) is None]
-        if missing:
-            found.append(f'needs {_listed(missing)} for schedule_type "{self.schedule_type}"')
-        elif self.schedule_type == "fixed_discrete" and config.difficulty is not None and config.max_step is not None:
-            values, steps = len(config.difficulty), len(config.max_step)
-            if values != steps + 1:
-                found.append(f'has {values} values in "difficulty" for {steps} in "max_step", which takes one less')
-        return found
+    def check_lengths(self, *path: str) -> None:
+        """Raise if the lists of a discrete schedule do not fit; ``path`` leads to the difficulty."""
+        values, steps = self.schedule_config.difficulty, self.schedule_config.max_step
+        if self.schedule_type != "fixed_discrete" or values is None or steps is None or len(values) == len(steps) + 1:
+            return
+        what = "must have one value more than max_step, which has {steps}"
+        error = PydanticCustomError("lengths", what, {"steps": len(steps)})
+        location = (*path, "schedule_config", "difficulty")
+        raise ValidationError.from_exception_data(
+            type(self).__name__, [InitErrorDetails(type=error, loc=location, input=list(values))]
+        )
 
 
-def _listed(keys: list[str]) -> str:
-    return f"{', '.join(keys[:-1])} and {keys[-1]}" if len(keys) > 1 else keys[0]
-
-
-def _refuse(mistakes: list[str]) -> None:
-    if mistakes:
-        text = f"{' and '.join(mistakes)} while it is enabled"
-        raise PydanticCustomError("needs", "{text}", {"text": text})
+def _in_use(difficulty: Any) -> Any:
+    """Return what a difficulty is to be made of, so that what its schedule must have is an error where it lacks."""
+    difficulty = needing(difficulty, ("min_difficulty", "max_difficulty", "schedule_type"))
+    kind = difficulty.get("schedule_type") if isinstance(difficulty, Mapping) else None
+    if isinstance(kind, str) and NEEDED.get(kind):
+        difficulty["schedule_config"] = needing(difficulty.get("schedule_config") or {}, NEEDED[kind])
+    return difficulty
 
 
 class CurriculumMetricSection(_Difficulty):
@@ -125,21 +133,22 @@ class SamplingCurriculumSection(Section):
     """Draw samples by difficulty."""
     data_cluster_path: str | None = None
     """Folder of the files that list samples by difficulty."""
-    curriculum_metrics: dict[str, CurriculumMetricSection] = Field(default_factory=dict)
+    curriculum_metrics: Annotated[dict[str, CurriculumMetricSection], NeededWhenOn()] = Field(default_factory=dict)
     """Your name of a metric -> its files and schedule; at least one is needed where this is enabled."""
 
+    @classmethod
+    def prepare(cls, data: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Ask every metric for a whole schedule, if this is on."""
+        prepared = super().prepare(data)
+        metrics = prepared.get("curriculum_metrics")
+        if cls.is_switched_on(data) and isinstance(metrics, Mapping):
+            prepared["curriculum_metrics"] = {name: _in_use(metric) for name, metric in metrics.items()}
+        return prepared
+
     @model_validator(mode="after")
-    def _is_whole(self) -> SamplingCurriculumSection:
-        if not self.enabled:
-            return self
-        if not self.curriculum_metrics:
-            raise PydanticCustomError("needs", 'needs "curriculum_metrics" while it is enabled')
-        mistakes = [
-            f'"curriculum_metrics.{name}" {mistake}'
-            for name, metric in self.curriculum_metrics.items()
-            for mistake in metric.mistakes()
-        ]
-        _refuse(mistakes)
+    def _fits(self) -> SamplingCurriculumSection:
+        for name, metric in self.curriculum_metrics.items() if self.enabled else ():
+            metric.check_lengths("curriculum_metrics", name)
         return self
 
 
@@ -158,18 +167,12 @@ class DynamicBatchingSection(Section):
     """Samples in the largest batch; null for no limit."""
     sequence_picking_order: Literal["dataloader", "random", "seqlen"] = "dataloader"
     """Order in which samples are put into batches: as they come, at random, or by length."""
-    max_tokens: PositiveInt | None = None
+    max_tokens: Annotated[PositiveInt | None, NeededWhenOn()] = None
     """Tokens of a batch at most; needed where this is enabled."""
     metrics_path: str | None = None
     """Folder of the files that tell how many tokens a sample has."""
     verbose: bool = False
     """Log how the batches were formed."""
-
-    @model_validator(mode="after")
-    def _is_whole(self) -> DynamicBatchingSection:
-        if self.enabled and self.max_tokens is None:
-            raise PydanticCustomError("needs", 'needs "max_tokens" while it is enabled')
-        return self
 
 
 class DataSamplingSection(Section):
@@ -295,10 +298,16 @@ class CurriculumLearningSection(_Difficulty):
     curriculum_type: Annotated[str, Field(min_length=1)] | None = None
     """Metric of the difficulty; ``seqlen`` gives forward the keyword argument ``curriculum_seqlen``."""
 
+    @classmethod
+    def prepare(cls, data: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Ask for a whole schedule, if this is on."""
+        prepared = super().prepare(data)
+        return dict(_in_use(prepared)) if cls.is_switched_on(data) else prepared
+
     @model_validator(mode="after")
-    def _is_whole(self) -> CurriculumLearningSection:
+    def _fits(self) -> CurriculumLearningSection:
         if self.enabled:
-            _refuse(self.mistakes())
+            self.check_lengths()
         return self
 
 

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
-from pydantic_core import PydanticCustomError, PydanticKnownError
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
-from ds_core.config.section import NoEffect, Number, PositiveInt, Section, key
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from ds_core.config.section import NeededWhenOn, NoEffect, Number, PositiveInt, Section, key
 
 __all__ = ["VERSIONS", "ElasticitySection"]
 
 VERSIONS = (0.1, 0.2)
 LARGEST_BATCH = 2**31 - 1
 MOST_SIZES = 100
-
-_LEFT_OUT = object()
-_REQUIRED: dict[str, Any] = {"max_train_batch_size": 2000, "micro_batch_sizes": (2, 4, 6)}
-"""Key that must be given once the section is on -> its default while it is off."""
-
-
-def _given(value: Any, info: ValidationInfo) -> Any:
-    if value is not _LEFT_OUT:
-        return value
-    if info.data.get("enabled"):
-        raise PydanticKnownError("missing")
-    return _REQUIRED[str(info.field_name)]
 
 
 def _few(sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -53,13 +38,9 @@ class ElasticitySection(Section):
 
     enabled: bool = False
     """Choose the three batch sizes from this section instead of reading them."""
-    max_train_batch_size: Annotated[PositiveInt, Field(le=LARGEST_BATCH), BeforeValidator(_given)] = _REQUIRED[
-        "max_train_batch_size"
-    ]
+    max_train_batch_size: Annotated[PositiveInt, Field(le=LARGEST_BATCH), NeededWhenOn()] = 2000
     """Most samples of one optimizer step, over all ranks. Required while the section is on."""
-    micro_batch_sizes: Annotated[tuple[PositiveInt, ...], AfterValidator(_few), BeforeValidator(_given)] = _REQUIRED[
-        "micro_batch_sizes"
-    ]
+    micro_batch_sizes: Annotated[tuple[PositiveInt, ...], AfterValidator(_few), NeededWhenOn()] = (2, 4, 6)
     """Samples of one forward on one rank: the sizes to choose from. Required while the section is on."""
     min_gpus: PositiveInt = 1
     """Fewest GPUs to find a batch size for; version 0.2 rounds down to whole nodes."""
@@ -77,11 +58,3 @@ class ElasticitySection(Section):
     """GPUs of one node, all of which belong to the job; read by version 0.2."""
     model_parallel_size: PositiveInt = 1
     """GPUs that share one replica of the model; more than 1 needs version 0.2."""
-
-    @classmethod
-    def prepare(cls, data: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Mark the required keys that are left out; whether that is a problem is decided once ``enabled`` is known."""
-        prepared = super().prepare(data)
-        if prepared.get("enabled"):
-            prepared |= {name: _LEFT_OUT for name in _REQUIRED if name not in prepared}
-        return prepared

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from ds_core.config.section import PositiveInt, Section
+from ds_core.config.section import PositiveInt, Secret, Section
 
 __all__ = ["CometSection", "CsvMonitorSection", "TensorboardSection", "WandbSection"]
 
@@ -66,7 +66,7 @@ class CometSection(Section):
     """Project that the experiment belongs to."""
     workspace: str | None = None
     """Workspace that holds the project."""
-    api_key: str | None = None
+    api_key: Annotated[str | None, Secret()] = None
     """Key of the user's account; better kept in Comet's environment variable than in a file."""
     experiment_name: str | None = None
     """Name that the experiment is shown under."""

@@ -12,8 +12,7 @@ from ds_core.config.section import AUTO, Section, show
 from ds_core.config.sections.values import OrSwitch
 
 if TYPE_CHECKING:
-    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
-    from pydantic.json_schema import JsonSchemaValue
+    from pydantic import GetCoreSchemaHandler
 
 __all__ = ["Moved", "move", "moved"]
 
@@ -32,11 +31,6 @@ class Moved:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_before_validator_function(_refuse, handler(source))
-
-    def __get_pydantic_json_schema__(
-        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        return {**handler(schema), "deprecated": True}
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ def moved(section: type[Section], data: Mapping[Any, Any]) -> tuple[dict[Any, An
             continue
         holder, inner = _holder(section, result, marker)
         value = result.pop(old)
-        if value is None and section.model_fields[section.fields_by_key()[old]].default is None:
+        if value is None:
             continue  # not given
         if inner is not None:  # else what stands there is no section, and that is the problem to tell
             new = _written(_class_of(section, marker), inner, marker.key) or marker.key

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from ds_core.config.section import NotBuilt, Section
 
 __all__ = ["OptimizerSection", "SchedulerSection"]
-
-
-def _no_null(value: Any) -> Any:
-    return {} if value is None else value
-
-
-Params = Annotated[dict[str, Any], BeforeValidator(_no_null)]
 
 
 class OptimizerSection(Section):
@@ -25,7 +18,7 @@ class OptimizerSection(Section):
 
     type: Annotated[str, Field(min_length=1)]
     """Name of an optimizer: an entry of ``ds_core.optimizer``, or a class of ``torch.optim``."""
-    params: Params = Field(default_factory=dict)
+    params: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of its constructor, such as ``lr`` and ``betas``."""
     legacy_fusion: Annotated[bool, NotBuilt(False)] = False
     """Older kernels of DeepSpeed's fused optimizers."""
@@ -38,5 +31,5 @@ class SchedulerSection(Section):
 
     type: Annotated[str, Field(min_length=1)]
     """Name of a schedule: an entry of ``ds_core.scheduler``, or a class of ``torch.optim.lr_scheduler``."""
-    params: Params = Field(default_factory=dict)
+    params: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of its constructor, such as ``warmup_num_steps``."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from ds_core.config.section import NoEffect, NotBuilt, Section
-from ds_core.config.sections.argument_types import Betas, Flag, Rate, Real, Share, StepCount, Steps
+from ds_core.config.section import NoEffect, NotBuilt
+from ds_core.config.sections.argument_types import Arguments, Betas, Flag, Rate, Real, Share, StepCount, Steps
 
 __all__ = [
     "AdagradArguments",
@@ -26,10 +26,14 @@ Float32States = Annotated[
     Flag,
     NoEffect("optimizer state has the dtype of the master weights; bf16.bf16_optimizer_states is what changes it"),
 ]
+AdamWStays = NoEffect(
+    '"AdamW" stays AdamW, as in DeepSpeed',
+    when=lambda config: config.optimizer is not None and config.optimizer.type.lower() == "adamw",
+)
 SetsGradNone = Annotated[Flag, NotBuilt(True, why="which is not built yet: gradients become None after a step")]
 
 
-class _Moments(Section):
+class _Moments(Arguments):
     """What every optimizer with two moments takes."""
 
     source = "spec/core.md 3.4"
@@ -59,7 +63,7 @@ class AdamArguments(_Moments):
     """Gradients become None after a step, not zeros."""
     torch_adam: Annotated[Flag, NoEffect("Adam and AdamW are torch's in any case")] = False
     """Take torch's own class."""
-    adam_w_mode: Flag = True
+    adam_w_mode: Annotated[Flag, AdamWStays] = True
     """``Adam`` only: weight decay acts on the weights (AdamW); false: through the moments (L2). ``AdamW`` stays one."""
     fp32_optimizer_states: Float32States = True
     """Keep the moments in fp32 where the optimizer runs on the CPU."""
@@ -67,7 +71,7 @@ class AdamArguments(_Moments):
     """Update in one kernel; DeepSpeed has no such key."""
 
 
-class _OfTorch(Section):
+class _OfTorch(Arguments):
     """What torch's optimizers take besides their numbers."""
 
     foreach: Flag | None = None
@@ -97,7 +101,7 @@ class AdagradArguments(_OfTorch):
     """Added to the root of the sum of squares, so that it can divide."""
     amsgrad: NoAmsgrad = False
     """With offload only: stored, and nothing else."""
-    fp32_optimizer_states: Float32States = True
+    fp32_optimizer_states: Flag = True
     """With offload only: keep the sum of squares in fp32."""
 
 
@@ -116,7 +120,7 @@ class LambArguments(_Moments):
     """Smallest ratio of a weight's norm to its step's."""
 
 
-class LionArguments(Section):
+class LionArguments(Arguments):
     """Lion: steps of one size, along the sign of a mean gradient."""
 
     source = "spec/core.md 3.4, spec/kernels.md 4"
@@ -133,7 +137,7 @@ class LionArguments(Section):
     """Keep the mean in fp32 where the optimizer runs on the CPU."""
 
 
-class MuonArguments(Section):
+class MuonArguments(Arguments):
     """Muon for matrices, and Adam for the rest of the parameters."""
 
     source = "spec/core.md 3.4, spec/kernels.md 6"
@@ -158,7 +162,7 @@ class MuonArguments(Section):
     """Adam: added to the root of the mean square, so that it can divide."""
 
 
-class _OneBit(Section):
+class _OneBit(Arguments):
     """What every optimizer that sends one bit per element takes."""
 
     cuda_aware: Flag = False

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AliasChoices, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from ds_core.config.section import Count, DtypeName, Int, NotBuilt, Number, PositiveInt, Section, key
 from ds_core.config.sections.values import AutoCount, AutoNumber, OneOf, Pattern, compilable
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = [
     "ExpertParallelSection",
@@ -55,14 +52,6 @@ class PipelineSection(Section):
     """Divide gradients sent between stages among the model-parallel ranks."""
     use_reentrant: bool = True
     """Compute activations again by the reentrant kind of checkpointing; null is the default."""
-
-    @classmethod
-    def prepare(cls, data: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Read a null ``use_reentrant`` as the default, which is what DeepSpeed's own default is written as."""
-        prepared = super().prepare(data)
-        if prepared.get("use_reentrant", False) is None:
-            del prepared["use_reentrant"]
-        return prepared
 
 
 class TensorRanksSection(Section):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from ds_core.config.section import Count, DtypeName, Int, NoEffect, Number, PositiveInt, Section
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = ["Bf16Section", "DataTypesSection", "Fp16Section", "TorchAutocastSection"]
 
@@ -119,14 +116,6 @@ class TorchAutocastSection(Section):
         "torch.nn.modules.conv.Conv3d",
     )
     """Classes whose own parameters are communicated in the lower precision, as dotted names; null is the default."""
-
-    @classmethod
-    def prepare(cls, data: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Read null as the default, which is what DeepSpeed's own defaults are written as."""
-        optional = ("dtype", "lower_precision_safe_modules")
-        return {
-            name: value for name, value in super().prepare(data).items() if value is not None or name not in optional
-        }
 
 
 class DataTypesSection(Section):

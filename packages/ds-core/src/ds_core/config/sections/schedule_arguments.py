@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ds_core.config.section import Section
-from ds_core.config.sections.argument_types import Flag, PerGroup, Rate, Real, StepCount, Steps, whole
+from ds_core.config.sections.argument_types import Arguments, Flag, PerGroup, Rate, Real, StepCount, Steps, whole
 
 __all__ = [
     "LRRangeTestArguments",
@@ -18,7 +17,7 @@ __all__ = [
 ]
 
 
-class _Schedule(Section):
+class _Schedule(Arguments):
     """What every schedule takes."""
 
     source = "spec/core.md 4"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field
 
-from ds_core.config.section import Count, Fraction, Number, PositiveInt, Section
+from ds_core.config.section import Count, Fraction, NeededWhenOn, Number, PositiveInt, Section, needing
 
 __all__ = [
     "Names",
@@ -72,25 +72,34 @@ class _Technique(Section):
     def is_on(self) -> bool:
         return bool(self.shared_parameters.enabled)
 
-    def needed_in_groups(self) -> tuple[str, ...]:
-        """Return the keys that the ``params`` of every group must have."""
-        return self.needed
+    @classmethod
+    def prepare(cls, data: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Ask for groups, and each of them for what it needs, if this is on."""
+        prepared = super().prepare(data)
+        shared = prepared.get("shared_parameters", {})
+        model = cls.model_fields["shared_parameters"].annotation
+        assert isinstance(model, type)
+        assert issubclass(model, Section)
+        if not model.is_switched_on(shared):
+            return prepared
+        prepared = dict(needing(prepared, ("different_groups",)))
+        groups = prepared["different_groups"]
+        if isinstance(groups, Mapping):
+            needed = cls.needed_in_groups(shared)
+            prepared["different_groups"] = {name: _in_use(group, needed) for name, group in groups.items()}
+        return prepared
 
-    @model_validator(mode="after")
-    def _is_whole(self) -> _Technique:
-        if not self.is_on():
-            return self
-        if not self.different_groups:
-            raise PydanticCustomError("needs", 'needs "different_groups" while it is enabled')
-        missing = [
-            f'"different_groups.{name}.params.{key}"'
-            for name, group in self.different_groups.items()
-            for key in self.needed_in_groups()
-            if getattr(group.params, key) is None
-        ]
-        if missing:
-            raise PydanticCustomError("needs", "needs {keys} while it is enabled", {"keys": " and ".join(missing)})
-        return self
+    @classmethod
+    def needed_in_groups(cls, shared: Mapping[Any, Any]) -> tuple[str, ...]:
+        """Return the keys that the ``params`` of every group must have, beside these ``shared_parameters``."""
+        return cls.needed
+
+
+def _in_use(group: Any, needed: tuple[str, ...]) -> Any:
+    if not isinstance(group, Mapping):
+        return group
+    params = group.get("params")
+    return {**group, "params": needing({} if params is None else params, needed)}
 
 
 class MixedQuantizeSection(Section):
@@ -134,9 +143,9 @@ class WeightBitsSection(Section):
 
     source = SOURCE
 
-    start_bits: PositiveInt | None = None
+    start_bits: Annotated[PositiveInt | None, NeededWhenOn()] = None
     """Bits of an element at first; needed where the technique is enabled."""
-    target_bits: PositiveInt | None = None
+    target_bits: Annotated[PositiveInt | None, NeededWhenOn()] = None
     """Bits of an element in the end; needed where the technique is enabled."""
     quantization_period: PositiveInt = 1
     """Steps from one number of bits to the next lower one."""
@@ -159,7 +168,7 @@ class WeightQuantizationTrainingSection(_Technique):
 
     shared_parameters: WeightQuantizationSharedSection = Field(default_factory=WeightQuantizationSharedSection)
     """What holds for all modules."""
-    different_groups: dict[str, WeightGroupSection] = Field(default_factory=dict)
+    different_groups: Annotated[dict[str, WeightGroupSection], NeededWhenOn()] = Field(default_factory=dict)
     """Your name of a group -> its modules and bits; at least one is needed where this is enabled."""
 
 
@@ -183,7 +192,7 @@ class ActivationBitsSection(Section):
 
     source = SOURCE
 
-    bits: PositiveInt | None = None
+    bits: Annotated[PositiveInt | None, NeededWhenOn()] = None
     """Bits of an element; needed where the technique is enabled."""
 
 
@@ -204,7 +213,7 @@ class ActivationQuantizationSection(_Technique):
 
     shared_parameters: ActivationQuantizationSharedSection = Field(default_factory=ActivationQuantizationSharedSection)
     """What holds for all modules."""
-    different_groups: dict[str, ActivationGroupSection] = Field(default_factory=dict)
+    different_groups: Annotated[dict[str, ActivationGroupSection], NeededWhenOn()] = Field(default_factory=dict)
     """Your name of a group -> its modules and bits; at least one is needed where this is enabled."""
 
 
@@ -213,7 +222,7 @@ class DenseRatioSection(Section):
 
     source = SOURCE
 
-    dense_ratio: Fraction | None = None
+    dense_ratio: Annotated[Fraction | None, NeededWhenOn()] = None
     """Share of the weights that is kept; needed where the technique is enabled, but not by ``snip_momentum``."""
 
 
@@ -257,12 +266,13 @@ class SparsePruningSection(_Technique):
 
     shared_parameters: SparsePruningSharedSection = Field(default_factory=SparsePruningSharedSection)
     """What holds for all modules."""
-    different_groups: dict[str, PruningGroupSection] = Field(default_factory=dict)
+    different_groups: Annotated[dict[str, PruningGroupSection], NeededWhenOn()] = Field(default_factory=dict)
     """Your name of a group -> its modules and ratio; at least one is needed where this is enabled."""
 
-    def needed_in_groups(self) -> tuple[str, ...]:
+    @classmethod
+    def needed_in_groups(cls, shared: Mapping[Any, Any]) -> tuple[str, ...]:
         """Return the keys that the ``params`` of every group must have; ``snip_momentum`` has one ratio for all."""
-        return () if self.shared_parameters.method == "snip_momentum" else self.needed
+        return () if shared.get("method") == "snip_momentum" else cls.needed
 
 
 class PruningSharedSection(Section):
@@ -286,7 +296,7 @@ class RowPruningSection(_Technique):
 
     shared_parameters: PruningSharedSection = Field(default_factory=PruningSharedSection)
     """What holds for all modules."""
-    different_groups: dict[str, PruningGroupSection] = Field(default_factory=dict)
+    different_groups: Annotated[dict[str, PruningGroupSection], NeededWhenOn()] = Field(default_factory=dict)
     """Your name of a group -> its modules and ratio; at least one is needed where this is enabled."""
 
 
@@ -305,14 +315,8 @@ class HeadPruningSharedSection(Section):
     """What goes first: low learned scores."""
     schedule_offset: Count = 1000
     """Step at which pruning begins."""
-    num_heads: PositiveInt | None = None
+    num_heads: Annotated[PositiveInt | None, NeededWhenOn()] = None
     """Attention heads of a layer; needed where this is enabled."""
-
-    @model_validator(mode="after")
-    def _is_whole(self) -> HeadPruningSharedSection:
-        if self.enabled and self.num_heads is None:
-            raise PydanticCustomError("needs", 'needs "num_heads" while it is enabled')
-        return self
 
 
 class HeadPruningSection(_Technique):
@@ -323,5 +327,5 @@ class HeadPruningSection(_Technique):
 
     shared_parameters: HeadPruningSharedSection = Field(default_factory=HeadPruningSharedSection)
     """What holds for all modules."""
-    different_groups: dict[str, PruningGroupSection] = Field(default_factory=dict)
+    different_groups: Annotated[dict[str, PruningGroupSection], NeededWhenOn()] = Field(default_factory=dict)
     """Your name of a group -> its modules and ratio; at least one is needed where this is enabled."""

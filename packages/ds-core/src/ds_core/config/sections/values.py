@@ -12,8 +12,7 @@ from pydantic_core import PydanticCustomError, core_schema
 from ds_core.config.section import Number, PositiveInt
 
 if TYPE_CHECKING:
-    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
-    from pydantic.json_schema import JsonSchemaValue
+    from pydantic import GetCoreSchemaHandler
 
 __all__ = ["AutoCount", "AutoNumber", "OneOf", "OrSwitch", "Pattern", "compilable"]
 
@@ -38,11 +37,6 @@ class OrSwitch:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_before_validator_function(self.section, handler(source))
-
-    def __get_pydantic_json_schema__(
-        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        return {"anyOf": [handler(schema), {"type": "boolean"}]}
 
     @staticmethod
     def section(value: Any) -> Any:
