@@ -28,7 +28,7 @@ REWRITTEN = [
     ({"bfloat16": {"enabled": True}}, {"bf16": {"enabled": True}}),
     ({"bf16": {"check_overflow": False}}, {"bf16": {"check_grad_overflow": False}}),
     ({"bfloat16": {"check_overflow": False}}, {"bf16": {"check_grad_overflow": False}}),
-    ({ZERO: True}, {ZERO: {"stage": 1, "allgather_bucket_size": 500_000_000}}),
+    ({ZERO: True}, {ZERO: {"stage": 1}}),
     ({ZERO: True, "allgather_size": 5}, {ZERO: {"stage": 1, "allgather_bucket_size": 5}}),
     ({ZERO: False}, {ZERO: {"stage": 0}}),
 ]

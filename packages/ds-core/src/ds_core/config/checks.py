@@ -73,7 +73,7 @@ def _offload_at_stage(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("zero_optimization", name),
             f"device is {show(section.device)}, which needs ZeRO {needs}, and zero_optimization.stage is {zero.stage}",
-            f'set "stage" to {stages[-1]}, or remove "{name}"',
+            f'set "stage" to {stages[0]}, or remove it',
             # DeepSpeed ignores it.
             ignorable=True,
         )

@@ -17,9 +17,10 @@ from ds_core.config import catalog
 from ds_core.config.batch import BatchSizes, resolve_batch
 from ds_core.config.checks import check, unresolved
 from ds_core.config.config import BatchKeys, Config
+from ds_core.config.mending import is_consequence, put_right
 from ds_core.config.migrate import Renamed, migrate
 from ds_core.config.paths import dotted
-from ds_core.config.problems import MANY, Problem, as_written, in_order, placed, raise_problems, unknown_key, validate
+from ds_core.config.problems import MANY, Problem, in_order, placed, raise_problems, unknown_key, validate
 from ds_core.config.reading import Document, Source, copied, read
 from ds_core.config.section import AUTO, Section, show
 from ds_core.config.unknown import COMPATIBLE_VARIABLE
@@ -36,8 +37,6 @@ __all__ = ["COMPATIBLE_VARIABLE", "Examined", "examine", "find_problems", "load_
 BATCH = tuple(BatchKeys.model_fields)
 FILLER = BatchSizes(1, 1, 1, 1)
 """Sizes that only fill the place, where none are asked for or they are wrong."""
-GONE = object()
-"""Stands for a key that is not there; None may be a key."""
 SCHEMA_KEY = "$schema"
 """The key in which a file names its JSON Schema, for editors."""
 
@@ -176,25 +175,13 @@ def _check(raw: dict[str, Any], dp_world_size: int | None, is_compatible: bool) 
             # What DeepSpeed ignores is taken out, and the rest found again without it.
             is_last, wrong = not ignored, ignored or wrong
         new = list({(problem.keys, problem.text): problem for problem in wrong}.values())
-        new = [problem for problem in new if not _is_consequence(problem, [*found.problems, *new])]
+        told = [*found.problems, *new]
+        new = [problem for problem in new if not is_consequence(problem, told)]
         found.warnings += [problem for problem in new if problem.ignorable and is_compatible]
         found.problems += [problem for problem in new if not (problem.ignorable and is_compatible)]
         if is_last:
             return found
-        if not _put_right(raw, wrong, None if is_compatible else found.guessed):
-            # A place that is nowhere in what was written: the innermost section around it goes.
-            keys = wrong[0].keys
-            around = (_deepest(raw, keys[:length]) for length in range(len(keys), 0, -1))
-            holder, key = next(found for found in around if found[1] is not GONE)
-            del holder[key]
-
-
-def _is_consequence(problem: Problem, told: Sequence[Problem]) -> bool:
-    """Return whether a key is missing only because it was wrong, or was given under another name, or told already."""
-    keys = problem.keys
-    return problem.kind == "missing" and any(
-        other.meant == keys or (other is not problem and other.keys[: len(keys)] == keys) for other in told
-    )
+        put_right(raw, wrong, None if is_compatible else found.guessed)
 
 
 @dataclass
@@ -247,59 +234,6 @@ def _parts(raw: Mapping[str, Any]) -> _Parts:
 
 def _sizes(batch: BatchSizes) -> dict[str, int]:
     return dict(zip(BATCH, (batch.train, batch.micro, batch.accumulation), strict=True))
-
-
-def _put_right(raw: dict[str, Any], problems: Sequence[Problem], guessed: dict[Path, Path] | None) -> bool:
-    """Take the keys of ``problems`` out of ``raw``, or move them to where they were meant to be.
-
-    Returns whether anything changed.
-
-    Args:
-        raw: changed in place.
-        problems: all problems of ``raw``.
-        guessed: takes what was moved, new path -> old path; None: nothing is moved.
-    """
-    changed = False
-    by_keys = {problem.keys: problem for problem in problems}
-    for keys, problem in by_keys.items():
-        # The section that lacks a key goes as a whole.
-        holder, key = _deepest(raw, keys[:-1] if problem.kind == "missing" else keys)
-        if key is GONE:
-            continue  # it went with the section that held it
-        changed, value = True, holder.pop(key)
-        meant = problem.meant
-        if guessed is not None and meant is not None and meant not in by_keys and _place(raw, meant, value):
-            guessed[meant] = as_written(keys, guessed)
-    return changed
-
-
-def _deepest(raw: dict[str, Any], keys: Path) -> tuple[dict[Any, Any], Any]:
-    """Return the innermost object along ``keys`` and its key there; the key is ``GONE`` where it is not there (now)."""
-    holder: dict[Any, Any] = raw
-    key = _key_in(holder, keys[0])
-    for part in keys[1:]:
-        inner = holder.get(key)
-        if not isinstance(inner, dict):
-            # An entry of a list, or a value that was rewritten: what holds it goes.
-            return holder, key
-        holder, key = inner, _key_in(inner, part)
-    return holder, key
-
-
-def _key_in(holder: Mapping[Any, Any], part: str | int) -> Any:
-    """Return the key of ``holder`` that is called ``part``, or ``GONE``; a key may be no text."""
-    return part if part in holder else next((key for key in holder if str(key) == part), GONE)
-
-
-def _place(raw: dict[str, Any], keys: Path, value: Any) -> bool:
-    """Put ``value`` at ``keys`` if a section is there to hold it and lacks that key; return whether it did."""
-    holder: Any = raw
-    for part in keys[:-1]:
-        holder = holder.get(part) if isinstance(holder, dict) else None
-    if not isinstance(holder, dict) or keys[-1] in holder:
-        return False
-    holder[keys[-1]] = value
-    return True
 
 
 def _together(parts: _Parts, earlier: Sequence[Problem], dp_world_size: int | None) -> tuple[Config, list[Problem]]:

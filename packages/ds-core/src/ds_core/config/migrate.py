@@ -79,8 +79,6 @@ DEPRECATED: tuple[Deprecated, ...] = (
     Deprecated(("inference",), "replace_method", None, "nothing in its place"),
 )
 """In the order in which they are applied."""
-ALLGATHER_NUMEL = 500_000_000
-"""What the legacy form ``zero_optimization: true`` gathers at once without ``allgather_size``."""
 
 
 def migrate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Renamed], list[Problem]]:
@@ -153,7 +151,10 @@ def _legacy_zero(result: dict[str, Any]) -> list[Renamed]:
     legacy = result.get("zero_optimization")
     if not isinstance(legacy, bool):
         return []
-    numel = result.pop("allgather_size", ALLGATHER_NUMEL) if legacy else None
-    result["zero_optimization"] = {"stage": 1, "allgather_bucket_size": numel} if legacy else {"stage": 0}
-    instead = f'"zero_optimization": {show(result["zero_optimization"])}'
-    return [Renamed(("zero_optimization",), ("zero_optimization",), instead)]
+    result["zero_optimization"] = {"stage": int(legacy)}
+    renamed = [Renamed(_ZERO, _ZERO, f'"zero_optimization": {{"stage": {int(legacy)}}}')]
+    if legacy and "allgather_size" in result:
+        result["zero_optimization"]["allgather_bucket_size"] = result.pop("allgather_size")
+        instead = '"allgather_bucket_size" in "zero_optimization"'
+        renamed.append(Renamed(("allgather_size",), (*_ZERO, "allgather_bucket_size"), instead))
+    return renamed

@@ -111,7 +111,9 @@ def in_order(problems: Iterable[Problem], document: Document) -> list[Problem]:
         holder: Any = document.raw
         for part in problem.written or problem.keys:
             if isinstance(holder, Mapping):
-                siblings = places.setdefault(id(holder), {key: index for index, key in enumerate(holder)})
+                if id(holder) not in places:
+                    places[id(holder)] = {key: index for index, key in enumerate(holder)}
+                siblings = places[id(holder)]
                 if part not in siblings:
                     break
                 found.append(siblings[part])

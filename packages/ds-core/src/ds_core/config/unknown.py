@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ds_core.config.paths import Path, dotted, nested
+from ds_core.config.paths import Path, dotted, nested, sections_of
 from ds_core.config.section import Section, show
 from ds_core.errors import nearest
 
@@ -19,8 +19,21 @@ COMPATIBLE_VARIABLE = "DS_CONFIG_COMPATIBLE"
 DROP_OTHERS = f"set {COMPATIBLE_VARIABLE}=1, which drops keys of other tools with a warning"
 OF_CLIENTS = ("msamp", "comms_config", "monitor_config")
 """Top-level keys that clients write for themselves: Accelerate's MS-AMP, and what LLaMA-Factory copies around."""
-ALSO_CALLED = {"learning_rate": "lr", "epsilon": "eps", "name": "type"}
+ALSO_CALLED = {
+    "learning_rate": "lr",
+    "epsilon": "eps",
+    "name": "type",
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "micro_batch_size", "per_gpu_train_batch_size"),
+        "train_micro_batch_size_per_gpu",
+    ),
+    **dict.fromkeys(("max_grad_norm", "clip_grad", "grad_clip", "gradient_clip_val"), "gradient_clipping"),
+}
 """What other libraries call a key."""
+OF_EITHER = {"batch_size": ("train_micro_batch_size_per_gpu", "train_batch_size")}
+"""Words that may mean one key or another; taking one for the other would train something else."""
+WRAPPERS = ("config", "deepspeed", "deepspeed_config", "ds_config")
+"""Keys under which a whole configuration stands in other files."""
 IN_PARAMS = {
     **dict.fromkeys(("lr", "betas", "eps", "weight_decay", "momentum"), "optimizer.params"),
     **dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "scheduler.params"),
@@ -46,7 +59,14 @@ def advice(
     key = str(path[-1])
     keys = [*model.fields_by_key(), *others]
     parts = key.split(".")
-    if len(parts) > 1 and parts[0] in keys:
+    if (
+        len(path) == 1
+        and key in WRAPPERS
+        and isinstance(value, dict)
+        and not model.fields_by_key().keys().isdisjoint(value)
+    ):
+        return "write its keys at the top level", None
+    if len(parts) > 1 and parts[0] in (*sections_of(model), *others):
         nested_key = f"dots do not nest: write {_nested_key(parts, value)}"
         return f"{nested_key}, or {DROP_OTHERS}" if ignorable else nested_key, None
     if not key.startswith("_") and not (len(path) == 1 and key in OF_CLIENTS):
@@ -62,6 +82,8 @@ def advice(
 def _meant(model: type[Section], path: Path, keys: Sequence[str]) -> tuple[str, Path | None]:
     """Return what the key should have been called, or where it belongs; empty where nothing is like it."""
     key = str(path[-1])
+    if key in OF_EITHER and set(OF_EITHER[key]) <= {*keys}:
+        return "did you mean " + " or ".join(f'"{word}"' for word in OF_EITHER[key]) + "?", None
     close = ALSO_CALLED[key] if key in ALSO_CALLED and ALSO_CALLED[key] in keys else nearest(key, keys)
     homes = owners(key) if model.__module__.startswith("ds_core.config.") else ()
     # An argument of another optimizer has no home elsewhere.

@@ -115,5 +115,6 @@ def test_a_writer_is_not_built(writer: object) -> None:
     ],
 )
 def test_what_a_writer_refuses(given: dict[str, object], path: str, text: str) -> None:
-    (problem,) = find_problems({"checkpoint": {"writer": given}})
+    # A key that is misspelt is read as the one that was meant, and then the writer itself is refused too.
+    problem = find_problems({"checkpoint": {"writer": given}})[-1]
     assert (problem.path, problem.text) == (f"checkpoint.writer.{path}", text)
