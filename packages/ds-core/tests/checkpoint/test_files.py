@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from ds_core.checkpoint import files
-from ds_core.checkpoint.files import replace_text, sync_folder, write_safetensors
+from ds_core.checkpoint.atomic import replace_text, sync_folder
+from ds_core.checkpoint.files import write_safetensors
 from ds_core.errors import CheckpointError
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ import torch
 
 import ds_core
 from ds_core import comm
+from ds_core.checkpoint.plain import PlainReader
+from ds_core.errors import CheckpointError
 from ds_core.testing.ranks import expect_rank_errors, run_ranks
 
 if TYPE_CHECKING:
@@ -82,3 +85,32 @@ def test_tags_that_differ_become_rank_0s_with_one_warning(tmp_path):
     [warning] = first[1]
     assert "rank 1 under 'of_rank_1'" in warning
     assert second[1] == [], "rank 0 speaks for all"
+
+
+def load_what_others_wrote(folder: Path) -> None:
+    engine = start()
+    engine.save_checkpoint(folder, tag="ours")
+    manifest = folder / "ours" / "checkpoint.json"
+    content = json.loads(manifest.read_text())
+    del content["state"]["optimizer"]
+    content["state"]["optimizer_missing"] = "it numbers parameters and does not name them"
+    manifest.write_text(json.dumps(content))
+    weight = engine.module.weight.detach().clone()
+    torch.nn.init.zeros_(engine.module.weight)
+    with pytest.raises(CheckpointError, match="cannot be loaded: it numbers parameters") as caught:
+        engine.load_checkpoint(folder)
+    assert "load_optimizer_states=False" in caught.value.fix
+    assert not engine.module.weight.any(), "nothing may have changed"
+    PlainReader.rank_state = lambda self, rank: {}
+    torch.manual_seed(5)
+    generator = torch.get_rng_state()
+    engine.load_checkpoint(folder, load_optimizer_states=False)
+    assert torch.equal(engine.module.weight, weight)
+    assert torch.equal(torch.get_rng_state(), generator), "generators that were not saved go on as they are"
+    torch.nn.init.zeros_(engine.module.weight)
+    engine.load_checkpoint(folder, load_module_only=True)
+    assert torch.equal(engine.module.weight, weight)
+
+
+def test_what_others_wrote_may_lack_the_optimizer_and_generators(tmp_path):
+    run_ranks([partial(load_what_others_wrote, tmp_path)], 1, timeout_s=20)

@@ -121,6 +121,20 @@ def test_it_goes_on_bit_for_bit(name, saved_at, tmp_path):
     assert differing(original, resumed) == []
 
 
+def test_options_that_the_checkpoint_does_not_have_stay(tmp_path):
+    original = build("Adam amsgrad", weight_decay=0.25)
+    run(*original, range(2))
+    state = save(*original, tmp_path)
+    for group in state["groups"]:
+        del group["options"]["decoupled_weight_decay"], group["options"]["eps"]
+    resumed = build("Adam amsgrad", eps=1e-3)
+    load(*resumed, tmp_path, state)
+    for group in resumed[0].param_groups:
+        assert (group["eps"], group["weight_decay"], group["decoupled_weight_decay"]) == (1e-3, 0.25, False)
+        assert group["params"] == [piece.data for piece in resumed[1] if piece.data in set(group["params"])]
+    run(*resumed, range(2, 3))
+
+
 def with_odd_slots(slots: dict[str, torch.Tensor]) -> tuple[torch.optim.Optimizer, list[Piece]]:
     optimizer, pieces = build("SGD")
     optimizer.state[pieces[0].data].update({name: value.clone() for name, value in slots.items()})

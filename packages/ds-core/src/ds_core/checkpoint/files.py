@@ -1,27 +1,25 @@
-"""Files that are whole or absent: written beside, synced, renamed. And a safetensors writer that streams.
+"""A safetensors writer that streams, into a file that is whole or absent.
 
 The safetensors library's own writer wants every tensor in host memory at once; this one holds a single one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from typing import TYPE_CHECKING
 
 import torch
 
+from ds_core.checkpoint.atomic import written_beside
 from ds_core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
-    from typing import BinaryIO
 
     from torch import Tensor
 
-__all__ = ["replace_text", "sync_folder", "write_safetensors"]
+__all__ = ["write_safetensors"]
 
 _DTYPES = {
     torch.float64: "F64",
@@ -74,7 +72,7 @@ def write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]], metadat
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, so that readers can map them
-    with _written_beside(path) as file:
+    with written_beside(path) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for _, tensor in tensors:
@@ -85,50 +83,3 @@ def write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]], metadat
 def _bytes_of(tensor: Tensor) -> memoryview:
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
-
-
-class _written_beside:  # noqa: N801  a context manager, read as a verb
-    """Open ``path.tmp``; on success sync and rename it to ``path``, durable under that name; on failure remove it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.beside = path.with_name(path.name + ".tmp")
-
-    def __enter__(self) -> BinaryIO:
-        self.file = self.beside.open("wb")
-        return self.file
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None:
-            self._discard()
-            return
-        try:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-            self.beside.replace(self.path)
-        except BaseException:
-            self._discard()
-            raise
-        sync_folder(self.path.parent)
-
-    def _discard(self) -> None:
-        # Closing tries to write once more what a full disk did not take; that it fails was told already.
-        with contextlib.suppress(OSError):
-            self.file.close()
-        self.beside.unlink(missing_ok=True)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Give ``path`` the content ``text``: at any moment it has the old one or the new one whole. Durable on return."""
-    with _written_beside(path) as file:
-        file.write(text.encode())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ds_core.checkpoint.files import replace_text
+from ds_core.checkpoint.atomic import replace_text
 from ds_core.errors import CheckpointError
 
 if TYPE_CHECKING:

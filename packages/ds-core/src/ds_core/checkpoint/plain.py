@@ -11,19 +11,17 @@ The files carry sizes, not checksums: a truncated file is refused, a flipped byt
 from __future__ import annotations
 
 import json
-import re
-import uuid
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ds_core.checkpoint.files import replace_text, sync_folder, write_safetensors
+from ds_core.checkpoint.atomic import replace_text, sync_folder
+from ds_core.checkpoint.files import write_safetensors
 from ds_core.checkpoint.folder import MANIFEST, complete_tags, write_latest
-from ds_core.comm import raise_together
+from ds_core.checkpoint.saving import agree_on_id, chunk_key, file_name, place_in, remove_leftovers, together
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.checkpoint import CheckpointEngine, CheckpointReader
 from ds_core.interfaces.logical import Box, Chunk, LogicalTensor, Piece, Snapshot, overlaps
-from ds_core.log import logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,66 +33,33 @@ __all__ = ["FORMAT_VERSION", "PlainCheckpoint", "PlainReader"]
 
 FORMAT = "ds-plain"
 FORMAT_VERSION = 1
-_SUFFIX = ".safetensors"
-_OURS = re.compile(r"rank_\d{5}-[0-9a-f]{12}\.safetensors(\.tmp)?")
 
 
 class PlainCheckpoint(CheckpointEngine):
     """Writes files first and the manifest last, so a torn checkpoint is never visible. Nothing is pickled."""
 
     def save(self, directory: Path, tag: str, snapshot: Snapshot, *, latest: bool) -> None:
-        rank, world_size = self._place()
+        rank, world_size = place_in(self.group)
         folder = directory / tag
-        save_id = self._agree_on_id()
-        name = f"rank_{rank:05d}-{save_id}{_SUFFIX}"
-        self._together(lambda: self._write_own(folder, name, rank, snapshot), folder)
-        self._together(
-            lambda: self._commit(directory, tag, save_id, world_size, snapshot, latest) if rank == 0 else None, folder
+        save_id = agree_on_id(self.group)
+        together(lambda: self._write_own(folder, file_name(rank, save_id), rank, snapshot), folder, self.group)
+        together(
+            lambda: self._commit(directory, tag, save_id, world_size, snapshot, latest) if rank == 0 else None,
+            folder,
+            self.group,
         )
 
     def open(self, directory: Path, tag: str) -> PlainReader:
         return PlainReader(directory, tag)
 
-    def _place(self) -> tuple[int, int]:
-        if self.group is None:
-            return 0, 1
-        import torch.distributed as dist
-
-        return dist.get_rank(self.group), dist.get_world_size(self.group)
-
-    def _agree_on_id(self) -> str:
-        chosen = [uuid.uuid4().hex[:12]]
-        if self.group is not None:
-            import torch.distributed as dist
-
-            dist.broadcast_object_list(chosen, group=self.group, group_src=0)
-        return chosen[0]
-
-    def _together(self, work: Any, folder: Path) -> None:
-        """Run a part of the save; if it fails on one rank it fails on all, with that rank's reason."""
-        failure: CheckpointError | None = None
-        try:
-            work()
-        except CheckpointError as error:
-            failure = error
-        except OSError as error:
-            failure = CheckpointError(
-                f"the checkpoint cannot be written: {error.strerror or error}",
-                where=str(error.filename or folder),
-                fix="free space or choose another folder; what was complete before can still be loaded",
-            )
-        except Exception as error:
-            # Whatever it is, the other ranks must hear of it: they are waiting for this one.
-            failure = CheckpointError(
-                f"the checkpoint cannot be written: {type(error).__name__}: {error}", where=str(folder)
-            )
-            failure.__cause__ = error
-        raise_together(failure, self.group)
-
     def _write_own(self, folder: Path, name: str, rank: int, snapshot: Snapshot) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # A chunk without elements says nothing, unless the tensor has none at all; such a one is stored once.
-        by_key = {_key(p): p for p in snapshot.pieces if p.writer == rank and (p.chunk.length or not p.of.numel)}
+        by_key = {
+            chunk_key(p.of, p.chunk): p
+            for p in snapshot.pieces
+            if p.writer == rank and (p.chunk.length or not p.of.numel)
+        }
         # Wide dtypes first: then every tensor starts at a multiple of its item size.
         mine = dict(sorted(by_key.items(), key=lambda item: -item[1].data.element_size()))
         table = [_describe(piece) for piece in mine.values()]
@@ -108,7 +73,7 @@ class PlainCheckpoint(CheckpointEngine):
         self, directory: Path, tag: str, save_id: str, world_size: int, snapshot: Snapshot, latest: bool
     ) -> None:
         folder = directory / tag
-        names = [f"rank_{rank:05d}-{save_id}{_SUFFIX}" for rank in range(world_size)]
+        names = [file_name(rank, save_id) for rank in range(world_size)]
         manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -120,33 +85,13 @@ class PlainCheckpoint(CheckpointEngine):
         sync_folder(directory)
         if latest:
             write_latest(directory, tag)
-        _remove_leftovers(folder, keep=names)
-
-
-def _remove_leftovers(folder: Path, *, keep: Sequence[str]) -> None:
-    """Remove what earlier saves under the tag left, and nothing of anybody else's; this save is complete by now."""
-    for path in sorted(folder.iterdir()):
-        if _OURS.fullmatch(path.name) and path.name not in keep:
-            try:
-                path.unlink()
-            except OSError as error:
-                logger.warning("a file of an earlier save cannot be removed: %s: %s", path, error.strerror)
-
-
-def _key(piece: Piece) -> str:
-    of, chunk = piece.of, piece.chunk
-    key = f"{of.kind}:{of.name}"
-    if of.rank is not None:
-        key += f":rank{of.rank}"
-    if chunk != Chunk.whole(of.shape):
-        key += f":{'_'.join(map(str, chunk.box.start))}:{chunk.offset}"
-    return key
+        remove_leftovers(folder, keep=names)
 
 
 def _describe(piece: Piece) -> dict[str, Any]:
     of, chunk = piece.of, piece.chunk
     return {
-        "key": _key(piece),
+        "key": chunk_key(of, chunk),
         "name": of.name,
         "kind": of.kind,
         "shape": of.shape,

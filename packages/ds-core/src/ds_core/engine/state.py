@@ -224,6 +224,12 @@ def _restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions)
     _check_window(engine, reader, options, scale)
     of_optimizer = parts.partition.optimizer_pieces()
     optimizer = engine.basic_optimizer if options.optimizer and "optimizer" in state else None
+    if options.optimizer and not options.module_only and engine.basic_optimizer and "optimizer_missing" in state:
+        raise CheckpointError(
+            f"the state of the optimizer cannot be loaded: {state['optimizer_missing']}",
+            where="load_checkpoint",
+            fix="pass load_optimizer_states=False to start the optimizer anew",
+        )
     if optimizer is not None:
         check_groups(optimizer, of_optimizer, state["optimizer"]["groups"])
     changes = _precision_changes(engine, state, options, scale)
@@ -255,8 +261,9 @@ def _restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions)
     # Without its gradients a window starts anew.
     window.in_window = state["in_window"] if optimizer is not None else 0
     rank = comm.get_rank(parts.group)
-    if rank < reader.world_size:
-        restore_rng(decode(reader.rank_state(rank)["rng"]), engine.device)
+    rank_state = reader.rank_state(rank) if rank < reader.world_size else {}
+    if "rng" in rank_state:  # not in what others than this engine wrote
+        restore_rng(decode(rank_state["rng"]), engine.device)
 
 
 def _plan_in_words(plan: PrecisionPlan) -> dict[str, str]:

@@ -35,7 +35,7 @@ class CheckpointReader(ABC):
 
     @abstractmethod
     def rank_state(self, rank: int) -> Mapping[str, Any]:
-        """Return the ``rank_state`` of the rank that wrote it as ``rank < world_size``."""
+        """Return the ``rank_state`` of the rank that wrote it as ``rank < world_size``; empty if there is none."""
 
     @abstractmethod
     def tensors(self) -> Sequence[LogicalTensor]:

@@ -121,9 +121,9 @@ def restore_optimizer(
     reader.read(wanted)
     packed, at = [], 0
     for group, saved, names in zip(optimizer.param_groups, groups, current, strict=True):
-        kept = {key: value for key, value in group.items() if key in _OF_THIS_MACHINE and key != "params"}
-        options = {key: decode(value) for key, value in saved["options"].items()}
-        packed.append({**options, **kept, "params": list(range(at, at + len(names)))})
+        # What the checkpoint does not say, such as an option that its torch did not have, stays as it is here.
+        options = {key: decode(value) for key, value in saved["options"].items() if key not in _OF_THIS_MACHINE}
+        packed.append({**group, **options, "params": list(range(at, at + len(names)))})
         at += len(names)
     flat = [name for names in current for name in names]
     optimizer.load_state_dict(

@@ -1,0 +1,324 @@
+"""What every reader of a folder checks before it believes it: files, values of JSON, chunks. Loads no torch.
+
+A checkpoint may come from anywhere. Its names must stay inside its folder, its numbers must fit its files, and what it
+makes us hold must be bounded by what its files hold.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import reprlib
+import stat
+from typing import TYPE_CHECKING, Any
+
+from ds_core.checkpoint.folder import complete_tags
+from ds_core.errors import CheckpointError
+from ds_core.interfaces.logical import Box, Chunk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from ds_ckpt.stored import StoredChunk, StoredTensor
+
+__all__ = [
+    "ITEM_BYTES",
+    "MAX_JSON_BYTES",
+    "check_chunks",
+    "damaged",
+    "open_inside",
+    "parse_json",
+    "read_inside",
+    "short",
+    "Field",
+]
+
+ITEM_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+"""torch's word of a dtype -> bytes of an element: what a checkpoint may hold."""
+MAX_JSON_BYTES = 2**28
+"""A larger manifest or header is refused: parsed, JSON takes several times its size."""
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring = 2, 4, 4, 80
+MAX_DIMS = 64
+"""torch's own limit."""
+MAX_COMPARISONS = 10**6
+"""How often boxes of one tensor are compared with each other; a real checkpoint needs a few per box."""
+
+
+def damaged(what: str, folder: Path, file: str | None = None) -> CheckpointError:
+    """Return the error that a checkpoint cannot be used, naming another one to load.
+
+    Args:
+        what: what is wrong, with the field or tensor.
+        folder: the tag's.
+        file: the name in it; None where it is the folder itself.
+    """
+    others = [tag for tag in complete_tags(folder.parent) if tag != folder.name]
+    fix = f"load another one, such as tag={others[-1]!r}" if others else "restore it from a copy"
+    return CheckpointError(what, where=str(folder / file if file else folder), fix=fix)
+
+
+def open_inside(folder: Path, name: str) -> int:
+    """Open ``name`` below ``folder`` for reading and return the descriptor; the caller closes it.
+
+    Args:
+        folder: may itself be a link.
+        name: with ``/``; no part of it may be ``..`` or a link, and it is a regular file.
+
+    Raises:
+        CheckpointError: it leads elsewhere, is missing or is no regular file. Nothing outside was opened.
+    """
+    parts = name.split("/")
+    if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in parts):
+        raise damaged(f"the name {short(name)} of a file leads out of the checkpoint", folder)
+    if not _is_text(name) or len(name.encode()) > 4000 or any(len(part.encode()) > 255 for part in parts):
+        raise damaged(f"the name {short(name)} of a file is none that a file can have", folder)
+    try:
+        # A descriptor per step, so that no part of the path can be a link, or become one in between.
+        at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        for index, part in enumerate(parts):
+            last = index == len(parts) - 1
+            # Without O_NONBLOCK, opening a pipe waits for somebody to write to it.
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_NONBLOCK if last else os.O_DIRECTORY)
+            try:
+                following = os.open(part, flags, dir_fd=at)
+            finally:
+                os.close(at)
+            at = following
+    except FileNotFoundError:
+        raise damaged("a file of the checkpoint is missing", folder, name) from None
+    except OSError as error:
+        link = any((folder / "/".join(parts[:count])).is_symlink() for count in range(1, len(parts) + 1))
+        what = "is a link, which may lead anywhere" if link else f"cannot be opened: {error.strerror}"
+        raise damaged(f"a file of the checkpoint {what}", folder, name) from error
+    if not stat.S_ISREG(os.fstat(at).st_mode):
+        os.close(at)
+        raise damaged("a file of the checkpoint is no regular file", folder, name)
+    return at
+
+
+def read_inside(folder: Path, name: str, *, limit: int = MAX_JSON_BYTES) -> bytes:
+    """Return the content of ``name`` below ``folder``; see :func:`open_inside`.
+
+    Raises:
+        CheckpointError: also where it is larger than ``limit`` bytes.
+    """
+    descriptor = open_inside(folder, name)
+    with os.fdopen(descriptor, "rb") as file:
+        size = os.fstat(descriptor).st_size
+        if size > limit:
+            raise damaged(f"a file of {size} bytes where at most {limit} are expected", folder, name)
+        return file.read(limit)
+
+
+def parse_json(data: bytes, folder: Path, file: str, part: str = "") -> Any:
+    """Return ``data`` as JSON.
+
+    Args:
+        data: at most ``MAX_JSON_BYTES``.
+        folder: of the checkpoint, for errors.
+        file: the name in it, for errors.
+        part: of the file, for errors.
+
+    Raises:
+        CheckpointError: it is not JSON, or nested too deeply.
+    """
+    what = f"{part or 'the file'} is not JSON"
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise damaged(f"{what} that can be read: it is nested too deeply", folder, file) from None
+    except ValueError as error:
+        raise damaged(f"{what}: {str(error)[:200]}", folder, file) from None
+
+
+def _is_text(value: str) -> bool:
+    """Return whether ``value`` can be printed and be a name: JSON may hold halves of characters."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def short(value: object) -> str:
+    """Return ``value`` in few characters, however large it is, for an error."""
+    return _REPR.repr(value)
+
+
+class Field:
+    """A value of parsed JSON with the way that leads to it, so that every refusal says which field of which file."""
+
+    def __init__(self, value: Any, way: str, folder: Path, file: str) -> None:
+        self.value, self.way, self.origin = value, way, (folder, file)
+
+    def wrong(self, expected: str) -> CheckpointError:
+        """Return the error that this field is not what was expected."""
+        return damaged(f"{self.way or 'the whole'}: expected {expected}, found {short(self.value)}", *self.origin)
+
+    def __getitem__(self, key: str) -> Field:
+        if not isinstance(self.value, dict):
+            raise self.wrong("an object")
+        if key not in self.value:
+            raise self.wrong(f"a key {key!r}")
+        return self._inner(self.value[key], f"{self.way}.{key}" if self.way else key)
+
+    def get(self, key: str) -> Field | None:
+        """Return the field ``key`` of an object, None where it is missing or null."""
+        if not isinstance(self.value, dict):
+            raise self.wrong("an object")
+        return None if self.value.get(key) is None else self[key]
+
+    def list(self, length: int | None = None) -> list[Field]:
+        """Return the items of a list, of ``length`` if given."""
+        if not isinstance(self.value, list) or (length is not None and len(self.value) != length):
+            raise self.wrong("a list" if length is None else f"a list of {length} items")
+        return [self._inner(item, f"{self.way}[{index}]") for index, item in enumerate(self.value)]
+
+    def items(self) -> Iterable[tuple[str, Field]]:
+        """Return the keys and fields of an object."""
+        return [(key, self[key]) for key in self.object()]
+
+    def object(self) -> Mapping[str, Any]:
+        """Return the value, an object, as it is."""
+        if not isinstance(self.value, dict):
+            raise self.wrong("an object")
+        return self.value
+
+    def text(self, limit: int = 4096) -> str:
+        """Return a text of at most ``limit`` characters."""
+        if not isinstance(self.value, str) or len(self.value) > limit or not _is_text(self.value):
+            raise self.wrong(f"a text of at most {limit} characters")
+        return self.value
+
+    def whole(self, low: int = 0, high: int = 2**62) -> int:
+        """Return a whole number in ``low..high``."""
+        if type(self.value) is not int or not low <= self.value <= high:
+            raise self.wrong(f"a whole number from {low} to {high}")
+        return self.value
+
+    def shape(self) -> tuple[int, ...]:
+        """Return sizes whose product a file offset can hold."""
+        sizes = self.list()
+        if len(sizes) > MAX_DIMS:
+            raise self.wrong(f"at most {MAX_DIMS} dimensions")
+        found = tuple(size.whole() for size in sizes)
+        if math.prod(found) >= 2**62:
+            raise self.wrong("a shape of fewer than 2**62 elements")
+        return found
+
+    def dtype(self) -> str:
+        """Return the word of a dtype that is known."""
+        if not isinstance(self.value, str) or self.value not in ITEM_BYTES:
+            raise self.wrong(f"a dtype, one of {', '.join(ITEM_BYTES)}")
+        return self.value
+
+    def chunk(self, of: tuple[int, ...]) -> Chunk:
+        """Return ``[start, size, offset, length]``, ``start`` null for the whole box, as a chunk of shape ``of``."""
+        start, size, offset, length = self.list(4)
+        if start.value is None:
+            box = Box((0,) * len(of), of)
+        else:
+            box = Box(tuple(s.whole() for s in start.list(len(of))), tuple(s.whole() for s in size.list(len(of))))
+            if any(a + n > full for a, n, full in zip(box.start, box.size, of, strict=True)):
+                raise self.wrong(f"a box inside {list(of)}")
+        at = offset.whole(0, box.numel)
+        return Chunk(box, at, length.whole(0, box.numel - at))
+
+    def _inner(self, value: Any, way: str) -> Field:
+        return Field(value, way, *self.origin)
+
+
+def check_chunks(tensors: Iterable[StoredTensor], sizes: Mapping[str, int], folder: Path, file: str | None) -> None:
+    """Check that chunks are where files have bytes, share none, and hold every element of their tensor once.
+
+    Args:
+        tensors: all of the checkpoint.
+        sizes: bytes of each file.
+        folder: of the checkpoint, for errors.
+        file: what says so, for errors.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    ranges: dict[str, list[tuple[int, int, str]]] = {}
+    for tensor in tensors:
+        label = f"{tensor.of.kind} {tensor.of.name!r}"
+        item_bytes = ITEM_BYTES[tensor.of.dtype]
+        for chunk in tensor.chunks:
+            if chunk.nbytes != chunk.chunk.length * item_bytes:
+                raise damaged(
+                    f"{label}: a chunk of {chunk.chunk.length} elements of {tensor.of.dtype} has {chunk.nbytes} bytes",
+                    folder,
+                    file,
+                )
+            if chunk.file not in sizes:
+                raise damaged(f"{label}: its file {chunk.file!r} is not one of the checkpoint's", folder, file)
+            if chunk.offset + chunk.nbytes > sizes[chunk.file]:
+                raise damaged(f"{label}: a chunk reaches behind the end of {chunk.file}", folder, file)
+            if chunk.nbytes:
+                ranges.setdefault(chunk.file, []).append((chunk.offset, chunk.offset + chunk.nbytes, label))
+        problem = _not_once(tensor.of.shape, tensor.chunks)
+        if problem:
+            raise damaged(f"{label}: {problem}", folder, file)
+    for name, found in ranges.items():
+        found.sort()
+        for (_, end, one), (begin, _, other) in itertools.pairwise(found):
+            if begin < end:
+                raise damaged(f"{one} and {other} share bytes of {name}", folder, file)
+
+
+def _not_once(shape: tuple[int, ...], chunks: Sequence[StoredChunk]) -> str | None:
+    """Return why ``chunks`` do not hold every element once, or None where they do."""
+    numel, held = math.prod(shape), sum(chunk.chunk.length for chunk in chunks)
+    if not chunks:
+        return "it has no chunk"
+    if held != numel:
+        return f"its chunks hold {held} of {numel} elements"
+    # As many elements as there are, so that they are all there exactly if no two chunks share one. In the order of
+    # their first element, a box need only be compared with those that are not over by then.
+    spans = [] if len(chunks) == 1 else [_ends(span.box, shape) for chunk in chunks for span in chunk.chunk.spans()]
+    spans.sort(key=lambda span: span[:2])
+    comparisons = 0
+    active: list[tuple[int, Box]] = []
+    for first, last, box in spans:
+        active = [(end, other) for end, other in active if end >= first]
+        comparisons += len(active)
+        if comparisons > MAX_COMPARISONS:
+            return f"its {len(chunks)} chunks are interleaved in too many ways to be checked"
+        if any(_meet(box, other) for _, other in active):
+            return "its chunks overlap"
+        active.append((last, box))
+    return None
+
+
+def _ends(box: Box, shape: Sequence[int]) -> tuple[int, int, Box]:
+    """Return where the first and the last element of ``box`` are in the tensor, and the box."""
+    return _flat(box.start, shape), _flat([a + n - 1 for a, n in zip(box.start, box.size, strict=True)], shape), box
+
+
+def _flat(index: Sequence[int], shape: Sequence[int]) -> int:
+    at = 0
+    for place, size in zip(index, shape, strict=True):
+        at = at * size + place
+    return at
+
+
+def _meet(a: Box, b: Box) -> bool:
+    return all(max(s, t) < min(s + n, t + m) for s, n, t, m in zip(a.start, a.size, b.start, b.size, strict=True))

@@ -1,0 +1,126 @@
+"""``ds ckpt``: what checkpoints there are, what is in one, and whether it is what was written. Needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ds_ckpt.stored import Stored
+    from ds_ckpt.verify import Damage
+    from ds_core.errors import CheckpointError
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="List, show and verify checkpoints: ours, and those that DeepSpeed wrote.",
+)
+
+_Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that checkpoints were saved to.")]
+_TagName = Annotated[
+    Optional[str],  # noqa: UP045 -- typer reads this at run time, on Python 3.10 too
+    typer.Argument(metavar="[TAG]", help="Which; default: what `latest` names, or DIR itself if it is a checkpoint."),
+]
+
+
+@app.command("ls")
+def list_tags(directory: _Directory) -> None:
+    """List the checkpoints in DIR, oldest first: step, size, ranks, format; or why one cannot be loaded."""
+    from ds_ckpt.tables import tag_table
+    from ds_ckpt.tags import find_tags
+
+    tags = find_tags(directory)
+    console = _console()
+    if not tags:
+        console.print(f"no checkpoint in {directory}", markup=False, highlight=False)
+        return
+    console.print(tag_table(tags))
+
+
+@app.command()
+def show(
+    directory: _Directory,
+    tag: _TagName = None,
+    depth: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--depth", min=0, help="Levels of modules. Default: as many as fit into 100 rows."),
+    ] = None,
+) -> None:
+    """Show what a checkpoint holds: the bytes of each module's weights, masters and optimizer state."""
+    from ds_ckpt.tables import facts, module_table
+
+    stored = _read(directory, tag)
+    console = _console()
+    for name, value in facts(stored):
+        console.print(f"{name:>8}  {value}", markup=False, highlight=False, soft_wrap=True)
+    console.print(module_table(stored, depth))
+
+
+@app.command()
+def verify(directory: _Directory, tag: _TagName = None) -> None:
+    """Read every byte of a checkpoint and compare checksums; exit with 1 if one differs, naming file and tensor."""
+    from ds_ckpt.tables import size_in_words
+    from ds_ckpt.verify import find_damage
+
+    stored = _read(directory, tag)
+    total = sum(file.nbytes for file in stored.files.values())
+    with _progress() as progress:
+        task = progress.add_task("reading", total=total)
+        damages = list(find_damage(stored, lambda count: progress.advance(task, count)))
+    if damages:
+        raise _error(stored, damages)
+    amount = f"{len(stored.files)} file{'' if len(stored.files) == 1 else 's'}, {size_in_words(total)}"
+    if all(file.checksum is not None for file in stored.files.values()):
+        text = f"{amount}: all is as it was written"
+    else:
+        text = f"{amount}: sizes and structure are right; {stored.format} has no checksums"
+    _console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _error(stored: Stored, damages: Sequence[Damage]) -> CheckpointError:
+    from ds_ckpt.checks import damaged
+
+    if len(damages) == 1:
+        return damaged(f"a file is not what was written: {damages[0].what}", stored.folder, damages[0].file)
+    lines = "".join(f"\n  {damage.file}: {damage.what}" for damage in damages)
+    what = f"{len(damages)} of {len(stored.files)} files are not what was written:{lines}"
+    return damaged(what, stored.folder)
+
+
+def _read(directory: Path, tag: str | None) -> Stored:
+    from ds_ckpt import formats
+    from ds_ckpt.tags import folder_of
+
+    return formats.read(folder_of(directory, tag))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _progress() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    # On stderr, and gone at the end: the output is the result alone.
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )

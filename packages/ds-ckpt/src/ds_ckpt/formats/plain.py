@@ -1,0 +1,138 @@
+"""Reads ds-plain, what the core's own engine writes: a manifest of sizes, and tables in headers. Loads no torch."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from ds_ckpt.checks import ITEM_BYTES, Field, check_chunks, damaged, open_inside, parse_json, read_inside
+from ds_ckpt.stored import Stored, StoredChunk, StoredFile, StoredTensor
+from ds_core.checkpoint.folder import MANIFEST
+from ds_core.errors import CheckpointError
+from ds_core.interfaces.logical import LogicalTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from ds_ckpt.stored import Key
+
+__all__ = ["is_plain", "read_manifest", "read_plain"]
+
+FORMAT = "ds-plain"
+FORMAT_VERSION = 1
+_MAX_HEADER_BYTES = 10**8
+"""The limit of safetensors itself."""
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+"""Word of the safetensors format -> torch's."""
+
+
+def read_plain(folder: Path) -> Stored:
+    """Return what the checkpoint in ``folder`` holds. It has sizes, and no checksums.
+
+    Raises:
+        CheckpointError: the manifest or a header is damaged or says what cannot be; a file is missing or cut short.
+    """
+    return read_manifest(parse_json(read_inside(folder, MANIFEST), folder, MANIFEST), folder)
+
+
+def is_plain(manifest: Any) -> bool:
+    """Return whether a parsed manifest is of this format."""
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def read_manifest(manifest: Any, folder: Path) -> Stored:
+    """:func:`read_plain` of a manifest that was parsed already."""
+    top = Field(manifest, "", folder, MANIFEST)
+    version = top["version"].whole()
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"this checkpoint has version {version} of its format, known is {FORMAT_VERSION}",
+            where=str(folder / MANIFEST),
+            fix="pip install --upgrade ds-core ds-ckpt",
+        )
+    if not is_plain(manifest) or version != FORMAT_VERSION:
+        raise top.wrong(f"version {FORMAT_VERSION} of {FORMAT}")
+    world_size = top["world_size"].whole(1, 2**24)
+    files = {name: StoredFile(name, field.whole(), None) for name, field in top["files"].items()}
+    found: dict[Key, tuple[LogicalTensor, list[StoredChunk]]] = {}
+    rank_states = tuple(_read_file(file, folder, world_size, found) for file in files.values())
+    if len(rank_states) != world_size:
+        raise top["files"].wrong(f"a file of each of {world_size} ranks")
+    tensors = {key: StoredTensor(of, tuple(chunks)) for key, (of, chunks) in found.items()}
+    check_chunks(tensors.values(), {name: file.nbytes for name, file in files.items()}, folder, None)
+    state = top["state"].object()
+    return Stored(folder, FORMAT, str(version), world_size, tensors, files, state, rank_states)
+
+
+def _read_file(
+    file: StoredFile, folder: Path, world_size: int, found: dict[Key, tuple[LogicalTensor, list[StoredChunk]]]
+) -> Mapping[str, Any]:
+    """Add the chunks of a file to ``found``, and return the state of the rank that wrote it."""
+    header, start = _read_header(file, folder)
+    metadata = header["__metadata__"]
+    tables = {
+        key: Field(
+            parse_json(metadata[key].text(_MAX_HEADER_BYTES).encode(), folder, file.name, key),
+            key,
+            folder,
+            file.name,
+        )
+        for key in ("pieces", "rank_state")
+    }
+    for row in tables["pieces"].list():
+        of, stored = _read_row(row, header, start, file.name, world_size)
+        known, chunks = found.setdefault((of.name, of.kind, of.rank), (of, []))
+        if known != of:
+            raise row.wrong(f"{known.kind} {known.name!r} as in another row, {list(known.shape)} of {known.dtype}")
+        chunks.append(stored)
+    return tables["rank_state"].object()
+
+
+def _read_header(file: StoredFile, folder: Path) -> tuple[Field, int]:
+    """Return the header of a safetensors file, and where its tensors start."""
+    descriptor = open_inside(folder, file.name)
+    with os.fdopen(descriptor, "rb") as opened:
+        size = os.fstat(descriptor).st_size
+        if size != file.nbytes:
+            raise damaged(f"a file of the checkpoint has {size} bytes instead of {file.nbytes}", folder, file.name)
+        nbytes = int.from_bytes(opened.read(8), "little")
+        if nbytes > min(size - 8, _MAX_HEADER_BYTES):
+            raise damaged(f"a header of {nbytes} bytes in a file of {size}", folder, file.name)
+        data = opened.read(nbytes)
+    return Field(parse_json(data, folder, file.name, "the header"), "", folder, file.name), 8 + nbytes
+
+
+def _read_row(row: Field, header: Field, start: int, file: str, world_size: int) -> tuple[LogicalTensor, StoredChunk]:
+    rank = row.get("rank")
+    of = LogicalTensor(
+        row["name"].text(),
+        row["kind"].text(),
+        row["shape"].shape(),
+        row["dtype"].dtype(),
+        None if rank is None else rank.whole(0, world_size - 1),
+    )
+    box, interval = row["box"].list(2), row["interval"].list(2)
+    place = Field([*(field.value for field in (*box, *interval))], row.way, *row.origin)
+    entry = header[row["key"].text(2 * 4096)]
+    if _DTYPES.get(entry["dtype"].text()) != of.dtype:
+        raise entry["dtype"].wrong(f"the word of {of.dtype}")
+    begin, end = entry["data_offsets"].list(2)
+    chunk = place.chunk(of.shape)
+    nbytes = chunk.length * ITEM_BYTES[of.dtype]
+    if end.whole() - begin.whole() != nbytes:
+        raise entry["data_offsets"].wrong(f"{nbytes} bytes")
+    return of, StoredChunk(chunk, file, start + begin.whole(), nbytes)

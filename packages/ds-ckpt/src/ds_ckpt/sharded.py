@@ -1,0 +1,188 @@
+"""The engine ``sharded``: every rank writes its chunks into files of its own, a manifest makes them a checkpoint.
+
+Note: commit. Files carry the id of their save, so nothing that a manifest names is ever written over. All ranks write
+and sync; they agree that all could; rank 0 writes the manifest beside, syncs it and renames it into place, then
+``latest``, then removes what no manifest names any more. Until the rename the previous checkpoint is what there is.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from ds_ckpt import formats
+from ds_ckpt.checks import ITEM_BYTES, MAX_JSON_BYTES, check_chunks
+from ds_ckpt.config import ShardedConfig
+from ds_ckpt.layout import share_out
+from ds_ckpt.loading import StoredReader
+from ds_ckpt.manifest import FORMAT, FORMAT_VERSION, encode
+from ds_ckpt.stored import Stored, StoredChunk, StoredFile, StoredTensor
+from ds_core.checkpoint.atomic import sync_folder, written_beside
+from ds_core.checkpoint.folder import MANIFEST, write_latest
+from ds_core.checkpoint.saving import agree_on_id, file_name, place_in, remove_leftovers, together
+from ds_core.errors import CheckpointError
+from ds_core.interfaces.checkpoint import CheckpointEngine
+from ds_core.log import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch.distributed import ProcessGroup
+
+    from ds_ckpt.layout import Part
+    from ds_ckpt.stored import Key
+    from ds_core.config import Section
+    from ds_core.interfaces.logical import LogicalTensor, Piece, Snapshot
+
+__all__ = ["ShardedCheckpoint"]
+
+
+@dataclass
+class _Report:
+    """What one rank wrote."""
+
+    files: list[StoredFile]
+    chunks: list[tuple[LogicalTensor, StoredChunk]]
+    rank_state: Mapping[str, Any]
+
+
+class ShardedCheckpoint(CheckpointEngine):
+    """Writes ds-sharded: checksummed, balanced over ranks and threads, nothing pickled. Opens every format."""
+
+    Config: ClassVar[type[Section] | None] = ShardedConfig
+
+    def __init__(self, options: Section | None, group: ProcessGroup | None) -> None:
+        super().__init__(options, group)
+        self._config = cast("ShardedConfig", options) if options is not None else ShardedConfig()
+
+    def save(self, directory: Path, tag: str, snapshot: Snapshot, *, latest: bool) -> None:
+        rank, world_size = place_in(self.group)
+        folder = directory / tag
+        save_id = agree_on_id(self.group)
+        names = [file_name(rank, save_id, part) for part in range(self._config.writers)]
+        mine: list[_Report] = []
+        try:
+            together(lambda: mine.append(self._write_own(folder, names, rank, snapshot)), folder, self.group)
+        except CheckpointError:
+            # No manifest will ever name them, and the disk may be full.
+            _discard(folder, names)
+            raise
+        reports = self._gather(mine[0], rank, world_size)
+        together(
+            lambda: self._commit(directory, tag, reports, snapshot, latest) if rank == 0 else None, folder, self.group
+        )
+
+    def open(self, directory: Path, tag: str) -> StoredReader:
+        return StoredReader(formats.read(directory / tag))
+
+    def _write_own(self, folder: Path, names: Sequence[str], rank: int, snapshot: Snapshot) -> _Report:
+        json.dumps(dict(snapshot.rank_state))  # what cannot be stored is refused before anything is written
+        folder.mkdir(parents=True, exist_ok=True)
+        shares = share_out(_written_by(rank, snapshot.pieces), writers=len(names), chunk_bytes=self._config.chunk_bytes)
+        report = _Report([], [], snapshot.rank_state)
+        for parts, (file, chunks) in zip(shares, _write_files(folder, names, shares), strict=True):
+            report.files.append(file)
+            report.chunks += [(part.piece.of, chunk) for part, chunk in zip(parts, chunks, strict=True)]
+        if shares:
+            sync_folder(folder)
+        return report
+
+    def _gather(self, mine: _Report, rank: int, world_size: int) -> list[_Report]:
+        """Return every rank's report, on rank 0."""
+        if self.group is None:
+            return [mine]
+        import torch.distributed as dist
+
+        told: list[Any] | None = [None] * world_size if rank == 0 else None
+        dist.gather_object(mine, told, group=self.group, group_dst=0)
+        return told or []
+
+    def _commit(self, directory: Path, tag: str, reports: Sequence[_Report], snapshot: Snapshot, latest: bool) -> None:
+        folder = directory / tag
+        stored = _joined(folder, reports, snapshot)
+        data = encode(stored)
+        if len(data) > MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"the manifest would have {len(data)} bytes, readers take {MAX_JSON_BYTES}",
+                where=str(folder),
+                fix="set checkpoint.sharded.chunk_bytes to a larger number",
+            )
+        with written_beside(folder / MANIFEST) as file:
+            file.write(data)
+        sync_folder(directory)
+        if latest:
+            write_latest(directory, tag)
+        remove_leftovers(folder, keep=stored.files)
+
+
+def _written_by(rank: int, pieces: Sequence[Piece]) -> list[Piece]:
+    """Return what ``rank`` writes, each chunk once."""
+    found: dict[tuple[Any, ...], Piece] = {}
+    for piece in pieces:
+        if piece.of.dtype not in ITEM_BYTES:
+            raise CheckpointError(
+                f"dtype {piece.of.dtype} cannot be stored in a safetensors file",
+                where=f"tensor {piece.of.kind} {piece.of.name!r}",
+                fix=f"one of {', '.join(ITEM_BYTES)}",
+            )
+        # A chunk without elements says nothing, unless the tensor has none at all; such a one is stored once.
+        if piece.writer == rank and (piece.chunk.length or not piece.of.numel):
+            found.setdefault((piece.of.name, piece.of.kind, piece.of.rank, piece.chunk), piece)
+    return list(found.values())
+
+
+def _write_files(
+    folder: Path, names: Sequence[str], shares: Sequence[Sequence[Part]]
+) -> list[tuple[StoredFile, list[StoredChunk]]]:
+    """Write the files of this rank at the same time; the first one's error is raised when all have ended."""
+    from ds_ckpt.writing import write_file
+
+    if len(shares) < 2:
+        return [write_file(folder / names[index], parts) for index, parts in enumerate(shares)]
+    with ThreadPoolExecutor(len(shares), thread_name_prefix="ds-ckpt") as pool:
+        running = [pool.submit(write_file, folder / names[index], parts) for index, parts in enumerate(shares)]
+    return [each.result() for each in running]
+
+
+def _joined(folder: Path, reports: Sequence[_Report], snapshot: Snapshot) -> Stored:
+    """Return what all ranks wrote as one checkpoint, checked as a reader checks it."""
+    files = {file.name: file for report in reports for file in report.files}
+    found: dict[Key, tuple[LogicalTensor, list[StoredChunk]]] = {}
+    for report in reports:
+        for of, chunk in report.chunks:
+            known, chunks = found.setdefault((of.name, of.kind, of.rank), (of, []))
+            if known != of:
+                raise CheckpointError(
+                    f"ranks differ in {of.kind} {of.name!r}: {list(known.shape)} of {known.dtype}, and "
+                    f"{list(of.shape)} of {of.dtype}",
+                    where=str(folder),
+                    fix="build the same model on every rank",
+                )
+            chunks.append(chunk)
+    # In the order of the model, as rank 0 sees it; what it has no part of comes last.
+    order = [(piece.of.name, piece.of.kind, piece.of.rank) for piece in snapshot.pieces]
+    tensors = {
+        key: StoredTensor(of, tuple(sorted(chunks, key=lambda chunk: (chunk.chunk.box.start, chunk.chunk.offset))))
+        for key, (of, chunks) in ((key, found[key]) for key in dict.fromkeys([*order, *found]) if key in found)
+    }
+    try:
+        check_chunks(tensors.values(), {name: file.nbytes for name, file in files.items()}, folder, None)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"what the ranks gave does not make a checkpoint: {error.what}",
+            where=str(folder),
+            fix="report it to the authors of the partition: its pieces must hold every element once",
+        ) from error
+    rank_states = tuple(report.rank_state for report in reports)
+    return Stored(folder, FORMAT, str(FORMAT_VERSION), len(reports), tensors, files, snapshot.state, rank_states)
+
+
+def _discard(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            logger.debug("a file of a failed save cannot be removed: %s: %s", folder / name, error.strerror)

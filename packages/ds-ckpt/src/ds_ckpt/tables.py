@@ -1,0 +1,145 @@
+"""What ``ds ckpt`` prints, as tables that fit into 80 columns. Loads no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from ds_ckpt.checks import ITEM_BYTES
+from ds_core.interfaces.logical import BUFFER, GRADIENT, MASTER, WEIGHT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ds_ckpt.stored import Stored
+    from ds_ckpt.tags import Tag
+
+__all__ = ["facts", "module_table", "size_in_words", "tag_table"]
+
+_MOST_ROWS = 100
+_COLUMNS = {WEIGHT: "weights", MASTER: "masters", BUFFER: "buffers", GRADIENT: "gradients"}
+_OPTIMIZER = "optimizer"
+
+
+def size_in_words(nbytes: int) -> str:
+    """Return a number of bytes in at most 9 characters.
+
+    >>> size_in_words(0), size_in_words(1023), size_in_words(1536), size_in_words(3 * 2**40)
+    ('0 B', '1023 B', '1.5 KiB', '3.0 TiB')
+    """
+    amount, unit = float(nbytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB"):
+        if amount < 1024:
+            break
+        amount, unit = amount / 1024, larger
+    return f"{nbytes} B" if unit == "B" else f"{amount:.1f} {unit}" if amount < 1000 else f"{amount:.0f} {unit}"
+
+
+def _short(number: int, step: int, units: str) -> str:
+    """Return a number in at most 6 characters.
+
+    >>> _short(256, 1024, "KMGTP"), _short(64_000, 1024, "KMGTP"), _short(7_241_732_096, 1000, "KMBTQ")
+    ('256', '62.5K', '7.2B')
+    """
+    amount, unit = float(number), ""
+    for larger in units:
+        if amount < step:
+            break
+        amount, unit = amount / step, larger
+    return f"{amount:.1f}{unit}" if unit else str(number)
+
+
+def tag_table(tags: Sequence[Tag]) -> Table:
+    """Return a row per checkpoint."""
+    table = _table("tag", "step", "size", "ranks", "format")
+    for tag in tags:
+        name = Text(tag.name + (" (latest)" if tag.is_latest else ""))
+        if tag.stored is None:
+            table.add_row(name, "", "", "", Text(f"cannot be loaded: {tag.problem}"))
+            continue
+        stored = tag.stored
+        step = stored.state.get("global_steps")
+        size = size_in_words(sum(file.nbytes for file in stored.files.values()))
+        form = Text(f"{stored.format} {stored.version}")
+        table.add_row(name, Text("" if step is None else str(step)), size, str(stored.world_size), form)
+    return table
+
+
+def facts(stored: Stored) -> Iterator[tuple[str, str]]:
+    """Yield what there is to say about a checkpoint as a whole."""
+    yield "folder", str(stored.folder)
+    yield "format", f"{stored.format} {stored.version}"
+    yield "written", f"by {stored.world_size} rank{'' if stored.world_size == 1 else 's'}"
+    words = [("global_steps", "step"), ("global_samples", "samples"), ("precision", "precision"), ("stage", "stage")]
+    known = [f"{word} {stored.state[key]}" for key, word in words if stored.state.get(key) is not None]
+    if known:
+        yield "state", ", ".join(known)
+    dtypes = Counter[str]()
+    for tensor in stored.tensors.values():
+        dtypes[f"{tensor.of.kind} {tensor.of.dtype}"] += 1
+    yield "tensors", ", ".join(f"{count} {what}" for what, count in dtypes.items()) or "none"
+    size = sum(file.nbytes for file in stored.files.values())
+    yield "files", f"{len(stored.files)}, {size_in_words(size)}"
+
+
+def module_table(stored: Stored, depth: int | None = None) -> Table:
+    """Return a row per module with the bytes of each kind, and a last one with all.
+
+    Args:
+        stored: the checkpoint.
+        depth: how many parts of a name make a row; None: as many as fit into 100 rows.
+    """
+    modules = _by_module(stored)
+    if depth is None:
+        deepest = max((name.count(".") + 1 for name in modules), default=0)
+        depth = next((d for d in range(deepest, 1, -1) if len({_cut(name, d) for name in modules}) <= _MOST_ROWS), 1)
+    folded: dict[str, Counter[str]] = {}
+    for name, sizes in modules.items():
+        folded.setdefault(_cut(name, depth), Counter()).update(sizes)
+    total = sum(folded.values(), Counter[str]())
+    kinds = [
+        kind for kind in (WEIGHT, MASTER, _OPTIMIZER, BUFFER, GRADIENT) if any(kind in row for row in folded.values())
+    ]
+    table = _table("module", "elements", *(_COLUMNS.get(kind, kind) for kind in kinds), "bytes")
+    for name, row in folded.items():
+        _add(table, name or "(root)", row, kinds)
+    table.add_section()
+    _add(table, "all", total, kinds)
+    return table
+
+
+def _add(table: Table, name: str, row: Counter[str], kinds: Sequence[str]) -> None:
+    # Units of one letter: the names of modules need the room.
+    sizes = [_short(row[kind], 1024, "KMGTP") if row[kind] else "" for kind in kinds]
+    total = _short(sum(row[kind] for kind in kinds), 1024, "KMGTP")
+    table.add_row(Text(name), _short(row["elements"], 1000, "KMBTQ"), *sizes, total)
+
+
+def _by_module(stored: Stored) -> dict[str, Counter[str]]:
+    """Return module -> kind -> bytes; ``elements`` counts parameters and buffers."""
+    found: dict[str, Counter[str]] = {}
+    counted: set[str] = set()
+    for tensor in stored.tensors.values():
+        of = tensor.of
+        row = found.setdefault(of.name.rpartition(".")[0], Counter())
+        row[of.kind if of.kind in _COLUMNS else _OPTIMIZER] += of.numel * ITEM_BYTES[of.dtype]
+        if of.kind in (WEIGHT, MASTER, BUFFER) and of.name not in counted:
+            counted.add(of.name)
+            row["elements"] += of.numel
+    return found
+
+
+def _cut(name: str, depth: int) -> str:
+    return ".".join(name.split(".")[:depth])
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column(first, overflow="fold", min_width=12)
+    for name in others:
+        is_text = name == "format"
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
+    return table

@@ -1,0 +1,131 @@
+"""Writes one file of a rank: safetensors, with the checksum of each chunk and of the whole, durable on return."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+import torch
+import xxhash
+
+from ds_ckpt.manifest import checksum
+from ds_ckpt.stored import StoredChunk, StoredFile
+from ds_core.checkpoint.saving import chunk_key
+from ds_core.errors import CheckpointError
+from ds_core.interfaces.logical import Box, Chunk
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from ds_ckpt.layout import Part
+    from ds_core.interfaces.logical import Piece
+
+__all__ = ["bytes_of", "write_file"]
+
+_WORDS = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+"""torch's word of a dtype -> that of the safetensors format."""
+
+
+def write_file(path: Path, parts: Sequence[Part]) -> tuple[StoredFile, list[StoredChunk]]:
+    """Write ``parts`` to ``path``, one at a time through host memory; the content is synced, the folder is not.
+
+    Returns:
+        What the manifest says about the file, and about each part.
+
+    Raises:
+        OSError: with the file's name.
+        CheckpointError: two parts of one name.
+    """
+    head, start = _header(path, parts)
+    whole = xxhash.xxh3_128(head)
+    chunks: list[StoredChunk] = []
+    try:
+        # Nothing has this name: it carries the id of this save. An existing file is not ours to write to.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            _write_all(descriptor, memoryview(head))
+            at = start
+            for part in parts:
+                data = bytes_of(part.piece, part.chunk)
+                whole.update(data)
+                chunks.append(StoredChunk(part.chunk, path.name, at, len(data), checksum(data)))
+                _write_all(descriptor, data)
+                at += len(data)
+                del data  # before the next one is copied
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    file = StoredFile(path.name, at, f"xxh3:{whole.hexdigest()}", (start, checksum(head)))
+    return file, chunks
+
+
+def _header(path: Path, parts: Sequence[Part]) -> tuple[bytes, int]:
+    """Return what comes before the first chunk, and its size."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for part in parts:
+        key = chunk_key(part.piece.of, part.chunk)
+        if key in header:
+            raise CheckpointError(f"two chunks of one file are called {key!r}", where=str(path), fix="rename one")
+        # A box has its shape; an interval of one is flat.
+        shape = part.chunk.box.size if part.chunk.is_whole_box else (part.chunk.length,)
+        header[key] = {
+            "dtype": _WORDS[part.piece.of.dtype],
+            "shape": shape,
+            "data_offsets": [at, at + part.nbytes],
+        }
+        at += part.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, so that readers can map them
+    return len(text).to_bytes(8, "little") + text, 8 + len(text)
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def bytes_of(piece: Piece, chunk: Chunk) -> memoryview:
+    """Return the elements of ``chunk``, an interval of the piece's, as bytes of the piece's logical dtype.
+
+    A view of the piece where it lies in host memory like that, else a copy of these elements alone.
+    """
+    dtype: torch.dtype = getattr(torch, piece.of.dtype)
+    if not chunk.length:
+        return memoryview(b"")
+    flat = _elements(piece.data.detach(), piece.chunk, chunk).to("cpu", dtype).contiguous()
+    return flat.view(torch.uint8).numpy().data
+
+
+def _elements(data: Tensor, held: Chunk, wanted: Chunk) -> Tensor:
+    """Return the elements ``wanted`` of ``data``, which holds ``held`` of the same box, in one dimension."""
+    start = wanted.offset - held.offset
+    if data.is_contiguous() or data.dim() == 1:
+        return data.reshape(-1)[start : start + wanted.length]
+    # A box with strides of its own. Made contiguous as a whole it would be a second copy of all of it.
+    inner = Chunk(Box((0,) * data.dim(), tuple(data.shape)), start, wanted.length)
+    found = torch.empty(wanted.length, dtype=data.dtype, device=data.device)
+    for span in inner.spans():
+        index = tuple(slice(s, s + n) for s, n in zip(span.box.start, span.box.size, strict=True))
+        found[span.offset : span.offset + span.box.numel].view(span.box.size).copy_(data[index])
+    return found

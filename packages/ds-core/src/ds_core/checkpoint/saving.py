@@ -1,0 +1,101 @@
+"""What engines share that write one folder from several ranks: an id of the save, failing together, sweeping up.
+
+Note: names of files. Every file of a save has its id in its name, so no save ever writes over a file that a manifest
+names; what no manifest names is a leftover of a save that was torn or replaced.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from typing import TYPE_CHECKING
+
+from ds_core.comm import raise_together
+from ds_core.errors import CheckpointError
+from ds_core.interfaces.logical import Chunk
+from ds_core.log import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+    from pathlib import Path
+
+    from torch.distributed import ProcessGroup
+
+    from ds_core.interfaces.logical import LogicalTensor
+
+__all__ = ["agree_on_id", "chunk_key", "file_name", "place_in", "remove_leftovers", "together"]
+
+_OURS = re.compile(r"rank_\d{5}(_\d+)?-[0-9a-f]{12}\.safetensors(\.tmp)?")
+
+
+def file_name(rank: int, save_id: str, part: int | None = None) -> str:
+    """Return the name of a rank's file, or of one of its files.
+
+    >>> file_name(3, "0123456789ab"), file_name(3, "0123456789ab", 1)
+    ('rank_00003-0123456789ab.safetensors', 'rank_00003_1-0123456789ab.safetensors')
+    """
+    return f"rank_{rank:05d}{'' if part is None else f'_{part}'}-{save_id}.safetensors"
+
+
+def chunk_key(of: LogicalTensor, chunk: Chunk) -> str:
+    """Return the name of a chunk inside a file: kind and name, and where the chunk is if it is not the whole."""
+    key = f"{of.kind}:{of.name}"
+    if of.rank is not None:
+        key += f":rank{of.rank}"
+    if chunk != Chunk.whole(of.shape):
+        key += f":{'_'.join(map(str, chunk.box.start))}:{chunk.offset}"
+    return key
+
+
+def place_in(group: ProcessGroup | None) -> tuple[int, int]:
+    """Return (rank, world size) in ``group``; None is one process alone."""
+    if group is None:
+        return 0, 1
+    import torch.distributed as dist
+
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def agree_on_id(group: ProcessGroup | None) -> str:
+    """Return a new id of a save, the same on every rank. Collective."""
+    chosen = [uuid.uuid4().hex[:12]]
+    if group is not None:
+        import torch.distributed as dist
+
+        dist.broadcast_object_list(chosen, group=group, group_src=0)
+    return chosen[0]
+
+
+def together(work: Callable[[], object], folder: Path, group: ProcessGroup | None) -> None:
+    """Run a part of a save into ``folder``; if it fails on one rank it fails on all, with that rank's reason.
+
+    Collective.
+    """
+    failure: CheckpointError | None = None
+    try:
+        work()
+    except CheckpointError as error:
+        failure = error
+    except OSError as error:
+        failure = CheckpointError(
+            f"the checkpoint cannot be written: {error.strerror or error}",
+            where=str(error.filename or folder),
+            fix="free space or choose another folder; what was complete before can still be loaded",
+        )
+    except Exception as error:
+        # Whatever it is, the other ranks must hear of it: they are waiting for this one.
+        failure = CheckpointError(
+            f"the checkpoint cannot be written: {type(error).__name__}: {error}", where=str(folder)
+        )
+        failure.__cause__ = error
+    raise_together(failure, group)
+
+
+def remove_leftovers(folder: Path, *, keep: Collection[str]) -> None:
+    """Remove what earlier saves under a tag left, and nothing of anybody else's; the new save is complete by now."""
+    for path in sorted(folder.iterdir()):
+        if _OURS.fullmatch(path.name) and path.name not in keep:
+            try:
+                path.unlink()
+            except OSError as error:
+                logger.warning("a file of an earlier save cannot be removed: %s: %s", path, error.strerror)

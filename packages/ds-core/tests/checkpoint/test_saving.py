@@ -1,0 +1,54 @@
+"""What engines share that write one folder from several ranks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from ds_core.checkpoint.saving import agree_on_id, chunk_key, file_name, place_in, remove_leftovers, together
+from ds_core.errors import CheckpointError
+from ds_core.interfaces.logical import Box, Chunk, LogicalTensor
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path):
+    ids = "0" * 12, "f" * 12
+    names = [file_name(0, ids[0]), file_name(0, ids[1]), file_name(1, ids[1], 3), file_name(2, ids[0]) + ".tmp"]
+    others = ["checkpoint.json", "notes.safetensors", "rank_00000.safetensors", f"my_{names[0]}"]
+    for name in names + others:
+        (tmp_path / name).write_text("")
+    remove_leftovers(tmp_path, keep=[names[1]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([names[1], *others])
+
+
+def test_every_save_has_an_id_of_its_own():
+    found = {agree_on_id(None) for _ in range(20)}
+    assert len(found) == 20
+    assert place_in(None) == (0, 1)
+
+
+def test_keys_differ_where_chunks_do():
+    plain, partial = LogicalTensor("w", "weight", (4, 2), "float32"), LogicalTensor("w", "gradient", (4, 2), "f", 3)
+    box = Box((2, 0), (2, 2))
+    chunks = [Chunk.whole((4, 2)), Chunk(Box((0, 0), (4, 2)), 3, 2), Chunk(box, 0, 4), Chunk(box, 1, 2)]
+    keys = [chunk_key(of, chunk) for of in (plain, partial) for chunk in chunks]
+    assert keys[0] == "weight:w"
+    assert len(set(keys)) == len(keys)
+
+
+def test_whatever_fails_is_told_as_an_error_of_checkpoints(tmp_path):
+    def full():
+        raise OSError(28, "No space left on device", "file")
+
+    with pytest.raises(CheckpointError, match="No space left") as caught:
+        together(full, tmp_path, None)
+    assert caught.value.where == "file"
+    with pytest.raises(CheckpointError, match="ZeroDivisionError") as caught:
+        together(lambda: 1 // 0, tmp_path, None)
+    assert caught.value.where == str(tmp_path)
+
+
+def test_folders_are_read_without_torch():
+    code = "import sys, ds_core.checkpoint.folder, ds_core.checkpoint.atomic; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
