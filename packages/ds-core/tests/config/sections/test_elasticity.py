@@ -37,7 +37,8 @@ def test_the_defaults() -> None:
 
 @pytest.mark.parametrize("on", [True, 1, "true"])
 def test_what_to_choose_from_is_required_only_while_it_is_on(on: Any) -> None:
-    missing = ["elasticity.max_train_batch_size: is missing, and the section is enabled", "elasticity.micro_batch_sizes: is missing"]
+    why = "is missing, and the section is enabled"
+    missing = [f"elasticity.max_train_batch_size: {why}", f"elasticity.micro_batch_sizes: {why}"]
     assert problems(enabled=on) == missing
     assert problems(enabled=on, micro_batch_sizes="auto", max_train_batch_size=8) == missing[1:]
     assert problems(enabled=on, micro_batch_sizes=[2], max_train_batch_size=8) == []
