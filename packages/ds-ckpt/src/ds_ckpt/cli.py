@@ -42,7 +42,8 @@ def list_tags(directory: _Directory) -> None:
     tags = find_tags(directory)
     console = _console()
     if not tags:
-        console.print(f"no checkpoint in {directory}", markup=False, highlight=False)
+        # A path is copied from here, so it stays on one line.
+        console.print(f"no checkpoint in {directory}", markup=False, highlight=False, soft_wrap=True)
         return
     console.print(tag_table(tags))
 

@@ -269,7 +269,7 @@ def _read_section(model: type[Section], name: str, value: Any, into: dict[str, S
     section, problems = validate(model, value, path=(name,))
     if section is not None:
         into[name] = section
-    elif model.is_switched_on(value):
+    elif model.is_switched_on(value) and not model.model_fields["enabled"].default:
         # Told beside what is wrong in it, not only once that is mended.
         problems += _not_built(name, model)
     return problems
