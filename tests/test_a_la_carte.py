@@ -251,7 +251,7 @@ from acme_ds import journal
 from acme_ds.optimizer import AcmeSign
 
 config = {"train_micro_batch_size_per_gpu": 8, **json.loads(sys.argv[1])}
-assert load_config(config).plugin_sections["acme"].anvils == 2
+assert load_config(config).sections["acme"].anvils == 2
 
 torch.manual_seed(0)
 model = torch.nn.Linear(4, 1)

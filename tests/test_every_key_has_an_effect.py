@@ -519,9 +519,15 @@ def refusals(config: dict[str, Any]) -> Any:
     return [problem.path for problem in find_problems(config)]
 
 
+def stored_by(config: dict[str, Any]) -> str:
+    """The engine that stores checkpoints; another one where ds-ckpt is installed, else the word is refused."""
+    return type(start(config).parts.checkpoint).__name__
+
+
 EFFECTIVE: dict[str, Callable[[dict[str, Any]], Any]] = {
     **dict.fromkeys((*BATCH, "dataloader_drop_last"), batches),
     "gradient_clipping": weights,
+    "checkpoint.engine": stored_by,
     "steps_per_print": lines,
     "log_level": log_level,
     "vocabulary_size": vocabulary,
