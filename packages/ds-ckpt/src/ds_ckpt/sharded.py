@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ds_ckpt import formats
@@ -20,7 +21,7 @@ from ds_ckpt.loading import StoredReader
 from ds_ckpt.manifest import FORMAT, FORMAT_VERSION, encode
 from ds_ckpt.stored import Stored, StoredChunk, StoredFile, StoredTensor
 from ds_core.checkpoint.atomic import sync_folder, written_beside
-from ds_core.checkpoint.folder import MANIFEST, write_latest
+from ds_core.checkpoint.folder import MANIFEST, read_latest, write_latest
 from ds_core.checkpoint.saving import agree_on_id, file_name, place_in, remove_leftovers, together
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.checkpoint import CheckpointEngine
@@ -28,13 +29,13 @@ from ds_core.log import logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from torch.distributed import ProcessGroup
 
     from ds_ckpt.layout import Part
     from ds_ckpt.stored import Key
     from ds_core.config import Section
+    from ds_core.interfaces.checkpoint import Directory
     from ds_core.interfaces.logical import LogicalTensor, Piece, Snapshot
 
 __all__ = ["ShardedCheckpoint"]
@@ -58,8 +59,9 @@ class ShardedCheckpoint(CheckpointEngine):
         super().__init__(options, group)
         self._config = cast("ShardedConfig", options) if options is not None else ShardedConfig()
 
-    def save(self, directory: Path, tag: str, snapshot: Snapshot, *, latest: bool) -> None:
+    def save(self, directory: Directory, tag: str, snapshot: Snapshot, *, latest: bool) -> None:
         rank, world_size = place_in(self.group)
+        directory = Path(directory)
         folder = directory / tag
         save_id = agree_on_id(self.group)
         names = [file_name(rank, save_id, part) for part in range(self._config.writers)]
@@ -75,8 +77,11 @@ class ShardedCheckpoint(CheckpointEngine):
             lambda: self._commit(directory, tag, reports, snapshot, latest) if rank == 0 else None, folder, self.group
         )
 
-    def open(self, directory: Path, tag: str) -> StoredReader:
-        return StoredReader(formats.read(directory / tag))
+    def open(self, directory: Directory, tag: str) -> StoredReader:
+        return StoredReader(formats.read(Path(directory) / tag))
+
+    def read_latest(self, directory: Directory) -> str:
+        return read_latest(Path(directory))
 
     def _write_own(self, folder: Path, names: Sequence[str], rank: int, snapshot: Snapshot) -> _Report:
         json.dumps(dict(snapshot.rank_state))  # what cannot be stored is refused before anything is written

@@ -11,13 +11,14 @@ The files carry sizes, not checksums: a truncated file is refused, a flipped byt
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ds_core.checkpoint.atomic import replace_text, sync_folder
 from ds_core.checkpoint.files import write_safetensors
-from ds_core.checkpoint.folder import MANIFEST, complete_tags, write_latest
+from ds_core.checkpoint.folder import MANIFEST, complete_tags, read_latest, write_latest
 from ds_core.checkpoint.saving import agree_on_id, chunk_key, file_name, place_in, remove_leftovers, together
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.checkpoint import CheckpointEngine, CheckpointReader
@@ -25,9 +26,10 @@ from ds_core.interfaces.logical import Box, Chunk, LogicalTensor, Piece, Snapsho
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from torch import Tensor
+
+    from ds_core.interfaces.checkpoint import Directory
 
 __all__ = ["FORMAT_VERSION", "PlainCheckpoint", "PlainReader"]
 
@@ -38,8 +40,9 @@ FORMAT_VERSION = 1
 class PlainCheckpoint(CheckpointEngine):
     """Writes files first and the manifest last, so a torn checkpoint is never visible. Nothing is pickled."""
 
-    def save(self, directory: Path, tag: str, snapshot: Snapshot, *, latest: bool) -> None:
+    def save(self, directory: Directory, tag: str, snapshot: Snapshot, *, latest: bool) -> None:
         rank, world_size = place_in(self.group)
+        directory = Path(directory)
         folder = directory / tag
         save_id = agree_on_id(self.group)
         together(lambda: self._write_own(folder, file_name(rank, save_id), rank, snapshot), folder, self.group)
@@ -49,8 +52,11 @@ class PlainCheckpoint(CheckpointEngine):
             self.group,
         )
 
-    def open(self, directory: Path, tag: str) -> PlainReader:
-        return PlainReader(directory, tag)
+    def open(self, directory: Directory, tag: str) -> PlainReader:
+        return PlainReader(Path(directory), tag)
+
+    def read_latest(self, directory: Directory) -> str:
+        return read_latest(Path(directory))
 
     def _write_own(self, folder: Path, name: str, rank: int, snapshot: Snapshot) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ds_core import comm
-from ds_core.checkpoint.folder import check_tag, read_latest
+from ds_core.checkpoint.folder import check_tag
 from ds_core.checkpoint.jsonable import decode, encode
 from ds_core.comm import raise_together, same_on_all_ranks
 from ds_core.engine.overflow import OverflowHistory
@@ -203,9 +203,10 @@ def load(
     failure: Exception | None = None
     path, client_state = "", {}
     try:
-        chosen = read_latest(directory) if tag is None else check_tag(tag)
+        checkpoint = engine.parts.checkpoint
+        chosen = checkpoint.read_latest(directory) if tag is None else check_tag(tag)
         path = str(directory / chosen)
-        with engine.parts.checkpoint.open(directory, chosen) as reader:
+        with checkpoint.open(directory, chosen) as reader:
             _restore(engine, reader, options)
             client_state = decode(reader.state["client_state"])
     except Exception as error:

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from ds_core.config import Section
     from ds_core.interfaces.logical import LogicalTensor, Piece, Snapshot
 
-__all__ = ["CheckpointEngine", "CheckpointReader"]
+    Directory = Path | str
+    """Where checkpoints live: a path, or a URL as text for an engine whose ``takes_urls`` is true."""
+
+__all__ = ["CheckpointEngine", "CheckpointReader", "Directory"]
+
 
 
 class CheckpointReader(ABC):
@@ -61,30 +65,62 @@ class CheckpointReader(ABC):
 
 
 class CheckpointEngine(ABC):
-    """Writes and opens checkpoints ``directory/tag``. One per engine; holds no state between calls."""
+    """Writes and opens checkpoints ``directory/tag``. One per engine."""
 
     Config: ClassVar[type[Section] | None] = None
     """Options of its own, ``checkpoint.<name>``."""
+    takes_urls: ClassVar[bool] = False
+    """Whether ``directory`` may be a URL, such as ``s3://bucket/run``; if not, the core refuses one before any call."""
 
     def __init__(self, options: Section | None, group: ProcessGroup | None) -> None:
         """``group``: the ranks that save together; None for one process without a process group."""
         self.options, self.group = options, group
 
     @abstractmethod
-    def save(self, directory: Path, tag: str, snapshot: Snapshot, *, latest: bool) -> None:
-        """Store ``snapshot``; on return it is complete, durable and visible. Every rank of the group calls it.
+    def save(self, directory: Directory, tag: str, snapshot: Snapshot, *, latest: bool) -> None:
+        """Store ``snapshot``. Every rank of the group calls it.
 
-        A crash at any point leaves what was loadable before loadable. ``directory`` exists. With ``latest`` the file
-        ``directory/latest`` names the tag, written last.
+        On return the tensors of the snapshot may change. The checkpoint is complete, durable and visible on return,
+        or, of an engine that writes in the background, once :meth:`commit` returns. A crash at any point leaves what
+        was loadable before loadable. With ``latest`` the file ``directory/latest`` names the tag, written last.
+
+        Args:
+            directory: a path that exists, or a URL.
+            tag: one plain name.
+            snapshot: this rank's view of it.
+            latest: whether ``directory/latest`` names it from then on.
 
         Raises:
-            CheckpointError: on every rank, with the reason of the one that failed.
+            CheckpointError: on every rank, with the reason of the one that failed; also where an earlier save, in the
+                background, did. Then this one was not begun.
         """
 
     @abstractmethod
-    def open(self, directory: Path, tag: str) -> CheckpointReader:
+    def open(self, directory: Directory, tag: str) -> CheckpointReader:
         """Open a complete checkpoint; no collective.
 
         Raises:
             CheckpointError: there is none, or it is half there; the fix names tags that are complete.
         """
+
+    @abstractmethod
+    def read_latest(self, directory: Directory) -> str:
+        """Return the tag that ``directory/latest`` names; no collective.
+
+        Raises:
+            CheckpointError: there is no such folder, or no such file in it.
+        """
+
+    def commit(self) -> None:
+        """Wait until every save is durable and visible. Every rank of the group calls it.
+
+        Called before a checkpoint is loaded and by whoever must know that one is safe. Nothing to wait for unless the
+        engine writes in the background.
+
+        Raises:
+            CheckpointError: on every rank: a save in the background failed. It is told once.
+        """
+
+    def close(self) -> None:
+        """End what runs in the background, having waited for it as :meth:`commit` does; from ``engine.destroy()``."""
+        self.commit()
