@@ -31,6 +31,7 @@ from _report import difference_row, exact_ratio_row, finish, interval_text, limi
 no_deadline = settings(deadline=None)  # a busy machine is no failure
 SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("[!_]*.py"))
 numbers = st.floats(min_value=1e-6, max_value=1e6)
+TWICE = ("--accumulation", "2")
 samples = st.lists(numbers, min_size=1, max_size=60)
 
 
@@ -497,7 +498,7 @@ def test_help_shows_how_to_run_it(script: str) -> None:
 def results_of(script: str, tmp_path: Path, *options: str) -> dict:
     """Run ``script`` as it is run to see that it runs, for one pair; return its JSON."""
     path = tmp_path / "results.json"
-    command = [sys.executable, BENCHMARKS / script, "--smoke", "--pairs", "1", "--warmup", "0", "--accumulation", "2"]
+    command = [sys.executable, BENCHMARKS / script, "--smoke", "--pairs", "1", "--warmup", "0"]
     done = subprocess.run(
         [*command, *options, "--json", path], capture_output=True, text=True, timeout=250, check=False
     )
@@ -510,14 +511,14 @@ def results_of(script: str, tmp_path: Path, *options: str) -> dict:
 
 @pytest.mark.parametrize(("dtype", "peer"), [("bf16", "DDP"), ("fp16", "DDP bucket view"), ("autocast", "DDP")])
 def test_stage_0_trains_in_low_precision_what_ddp_does(tmp_path: Path, dtype: str, peer: str) -> None:
-    document = results_of("stage0.py", tmp_path, "--dtype", dtype, "--peer", peer, "--only", "time")
+    document = results_of("stage0.py", tmp_path, *TWICE, "--dtype", dtype, "--peer", peer, "--only", "time")
     # The script itself has compared the losses.
     assert [row["name"] for row in document["rows"]] == [f"step time, tiny {dtype}, accumulation 2, vs {peer}"]
     assert document["settings"]["dtypes"] == [dtype]
 
 
 def test_overhead_in_low_precision_is_judged_by_the_step(tmp_path: Path) -> None:
-    document = results_of("overhead.py", tmp_path, "--dtype", "bf16", "fp16", "--ranks", "1")
+    document = results_of("overhead.py", tmp_path, *TWICE, "--dtype", "bf16", "fp16", "--ranks", "1")
     assert [(row["name"], row["bar"]["limit"]) for row in document["rows"]] == [
         ("per step, bf16, 1 rank, accumulation 2, vs plain loop", 80.0),
         ("per step, fp16, 1 rank, accumulation 2, vs plain loop", 80.0),
@@ -526,9 +527,30 @@ def test_overhead_in_low_precision_is_judged_by_the_step(tmp_path: Path) -> None
 
 
 def test_stage_0_counts_the_memory_of_low_precision(tmp_path: Path) -> None:
-    document = results_of("stage0.py", tmp_path, "--dtype", "bf16", "--peer", "DDP", "--only", "memory", "--ranks", "1")
+    options = ["--dtype", "bf16", "--peer", "DDP", "--only", "memory", "--ranks", "1"]
+    document = results_of("stage0.py", tmp_path, *TWICE, *options)
     (row,) = document["rows"]
     assert row["name"] == "peak memory, tiny bf16, accumulation 2, vs DDP"
     assert row["bar"] is None
     # Weights, masters and two moments at least: 14 bytes for each of 134,912 parameters.
     assert 14 * 134_912 / 2**20 < row["ours"]["median"] < row["peer"]["median"]
+
+
+def test_checkpoints_are_saved_loaded_and_verified(tmp_path: Path) -> None:
+    document = results_of("checkpoint.py", tmp_path, "--only", "save", "load", "verify", "--ranks", "1")
+    assert {row["name"].partition(",")[0]: row["bar"]["limit"] for row in document["rows"]} == {
+        "save vs one file": 1.15,
+        "save vs torch.save": 1.0,
+        "save vs DCP": 1.0,
+        "load vs torch.load": 1.0,
+        "open().tensor() vs torch.load": 1.0,
+        "verify vs reading": pytest.approx(1 / 0.7),
+    }
+
+
+def test_checkpoints_of_other_worlds_and_memory_on_two_ranks(tmp_path: Path) -> None:
+    document = results_of("checkpoint.py", tmp_path, "--only", "async", "worlds", "memory", "--ranks", "2")
+    names = [row["name"] for row in document["rows"]]
+    assert names[:2] == ["async stall vs one copy, 0.01 GB, 2 ranks", "load of what 3 wrote vs what 2 wrote, 2 ranks"]
+    assert [name for name in names if name.startswith("memory")] == names[2:]
+    assert len(names) == 5
