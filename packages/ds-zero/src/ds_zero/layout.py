@@ -62,6 +62,15 @@ class Layout:
             return Share(0, 0, 0)
         return Share(first - begin, last - first, first - low)
 
+    def gaps(self) -> list[tuple[int, int]]:
+        """Return the intervals of the whole that no parameter lies in."""
+        found, at = [], 0
+        for begin, numel in sorted(zip(self.offsets, self.numels, strict=True)):
+            if numel and begin > at:
+                found.append((at, begin))
+            at = max(at, begin + numel)
+        return [*found, (at, self.total)] if at < self.total else found
+
     def owner(self, index: int) -> int:
         """Return the rank that owns the first element of parameter ``index``; 0 if there are no elements at all."""
         return min(self.offsets[index] // self.segment, self.world_size - 1) if self.segment else 0

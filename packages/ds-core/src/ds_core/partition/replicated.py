@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ds_core.config.section import PositiveInt, Section
-from ds_core.interfaces.logical import BUFFER, GRADIENT, MASTER, WEIGHT, Chunk, LogicalTensor, Piece, logical_name
+from ds_core.interfaces.logical import GRADIENT, LogicalTensor, Piece
 from ds_core.interfaces.partition import OverflowSource, Partition, PartitionInputs, SquaredNorm
 from ds_core.ops import best
-from ds_core.partition.arithmetic import assign_writers
 from ds_core.partition.buckets import Bucketer
-from ds_core.partition.stored import Masters, cast_stored
+from ds_core.partition.stored import Masters, cast_stored, stored_pieces
 from ds_core.partition.window import LocalGradients
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class ReplicatedPartition(Partition):
             )
         else:
             self._gradients = LocalGradients(ordered, inputs.names, inputs.dtypes)
-        self._of = {piece.data: piece for piece in _stored_tensors(inputs.module, self._masters, self._world_size)}
+        self._of = {piece.data: piece for piece in stored_pieces(inputs.module, self._world_size, self._masters)}
         # What a backward before this has left was neither scaled nor divided as ours are.
         self.clear_gradients()
 
@@ -135,7 +134,7 @@ class ReplicatedPartition(Partition):
 
     def pieces(self) -> Iterable[Piece]:
         # Anew at each call: a model may rebind its buffers (self.count = self.count + 1).
-        return list(_stored_tensors(self.inputs.module, self._masters, self._world_size))
+        return list(stored_pieces(self.inputs.module, self._world_size, self._masters))
 
     def gradient_pieces(self) -> Iterable[Piece]:
         self._gradients.check_whole()
@@ -185,28 +184,6 @@ def _trainable_but_not_optimized(module: nn.Module, optimized: Sequence[nn.Param
 def _in_model_order(params: Sequence[nn.Parameter], names: Mapping[nn.Parameter, str]) -> list[nn.Parameter]:
     wanted = set(params)
     return [param for param in names if param in wanted]
-
-
-def _stored_tensors(module: nn.Module, masters: Masters, world_size: int) -> Iterable[Piece]:
-    """Yield weights, persistent buffers and masters, shared ones once, each with the rank that writes it."""
-    found: list[tuple[str, str, Tensor]] = []
-    for name, param in module.named_parameters():
-        found.append((logical_name(name), WEIGHT, param))
-        if masters.of(param) is not param:
-            found.append((logical_name(name), MASTER, masters.of(param)))
-    transient = {
-        logical_name(f"{prefix}.{name}" if prefix else name)
-        for prefix, submodule in module.named_modules()
-        for name in submodule._non_persistent_buffers_set
-    }
-    buffers = [(logical_name(name), BUFFER, buffer) for name, buffer in module.named_buffers()]
-    found += [named for named in buffers if named[0] not in transient]
-    writers = assign_writers([tensor.nbytes for _, _, tensor in found], world_size)
-    for (name, kind, tensor), some_rank in zip(found, writers, strict=True):
-        # Ranks may have different buffers (each its own batch statistics): those of one rank belong together.
-        writer = 0 if kind == BUFFER else some_rank
-        shape = tuple(tensor.shape)
-        yield Piece(LogicalTensor(name, kind, shape, _dtype_name(tensor)), Chunk.whole(shape), tensor, writer)
 
 
 def _dtype_name(tensor: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""What the model stores and what the optimizer updates: casting parameters, and masters of those that were cast."""
+"""What the model stores and what the optimizer updates: casting parameters, masters of those that were cast, pieces."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ds_core.interfaces.logical import BUFFER, MASTER, WEIGHT, Chunk, LogicalTensor, Piece, logical_name
+from ds_core.partition.arithmetic import assign_writers
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
 
     from ds_core.interfaces.precision import ParameterDtypes, PrecisionPlan
 
-__all__ = ["Masters", "cast_stored"]
+__all__ = ["Masters", "cast_stored", "stored_pieces"]
 
 
 class Masters:
@@ -127,3 +130,28 @@ def cast_stored(module: nn.Module, dtypes: Mapping[nn.Parameter, ParameterDtypes
                 if buffer not in cast:
                     cast[buffer] = buffer.to(plan.buffer)
                 setattr(submodule, name, cast[buffer])
+
+
+def stored_pieces(module: nn.Module, world_size: int, masters: Masters | None = None) -> Iterable[Piece]:
+    """Yield weights, persistent buffers and ``masters``, which all ranks hold whole; shared ones once.
+
+    Each has the rank that writes it, so that ranks write about equally much.
+    """
+    found: list[tuple[str, str, Tensor]] = []
+    for name, param in module.named_parameters():
+        found.append((logical_name(name), WEIGHT, param))
+        if masters is not None and masters.of(param) is not param:
+            found.append((logical_name(name), MASTER, masters.of(param)))
+    transient = {
+        logical_name(f"{prefix}.{name}" if prefix else name)
+        for prefix, submodule in module.named_modules()
+        for name in submodule._non_persistent_buffers_set
+    }
+    buffers = [(logical_name(name), BUFFER, buffer) for name, buffer in module.named_buffers()]
+    found += [named for named in buffers if named[0] not in transient]
+    writers = assign_writers([tensor.nbytes for _, _, tensor in found], world_size)
+    for (name, kind, tensor), some_rank in zip(found, writers, strict=True):
+        # Ranks may have different buffers (each its own batch statistics): those of one rank belong together.
+        writer = 0 if kind == BUFFER else some_rank
+        shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        yield Piece(LogicalTensor(name, kind, shape, dtype), Chunk.whole(shape), tensor, writer)

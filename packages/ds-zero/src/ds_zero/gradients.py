@@ -1,0 +1,297 @@
+"""Gradients that are reduced onto the ranks that own them: buckets come and go, each rank keeps its shards.
+
+A bucket has memory from its first gradient until its collective is done; then the room goes to the next bucket, and
+what stays is the shard: this rank's segment of the sum, to which later backwards of the window add theirs.
+
+Stage 1 sends in the backward that ends a window, so until then buckets stay, with full gradients of this rank. Stage 2
+sends in every backward, so only a few buckets have memory at a time.
+
+Note: unused parameters. Ranks must agree on which parameters got a gradient in the window anywhere: the others keep
+``grad`` None. One small collective per window sums a flag per parameter, behind the last bucket.
+
+Note: sources of an overflow. The same message has, where it is asked for, one flag per rank and bucket: whether what
+this rank sent was finite. Nobody reads them but a step that has overflowed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from ds_core.partition.ordered import OrderedBuckets, SlotBucket
+from ds_core.partition.window import extremes, is_finite
+from ds_zero.collectives import reduce_scatter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor, nn
+    from torch.distributed import ProcessGroup, Work
+
+    from ds_core.interfaces.precision import ParameterDtypes
+    from ds_zero.collectives import ReduceScatter
+    from ds_zero.layout import Layout
+
+__all__ = ["ShardBucket", "ShardedGradients"]
+
+IN_FLIGHT = 2
+"""Collectives under way at a time; each holds a bucket's memory."""
+
+
+class ShardBucket(SlotBucket):
+    """A bucket of which this rank keeps one segment."""
+
+    def __init__(self, index: int, params: Sequence[nn.Parameter], dtypes: ParameterDtypes, layout: Layout) -> None:
+        super().__init__(index, params)
+        self.layout, self.dtypes = layout, dtypes
+        self.device = params[0].device
+        self.room: Tensor | None = None
+        """Memory it was lent."""
+        self.storage: Tensor | None = None
+        """``[layout.total]`` of that: gradients of this rank, in the dtype they accumulate in."""
+        self.shard: Tensor | None = None
+        """``[layout.segment]``: this rank's segment of what was reduced in this window."""
+
+    def open(self, room: Tensor) -> None:
+        """Give it memory, whatever is in it."""
+        self.room = room
+        self.storage = storage = room[: self.layout.total]
+        for low, high in self.layout.gaps():
+            storage[low:high].zero_()
+        places = zip(self.layout.offsets, self.layout.numels, self.params, strict=True)
+        self.slots = tuple(storage[at : at + numel].view(param.shape) for at, numel, param in places)
+
+    def close(self) -> Tensor:
+        """Take its memory away; gradients in it are gone."""
+        room = self.room
+        assert room is not None
+        for param in self.params:
+            param.grad = None
+        self.room, self.storage, self.slots = None, None, ()
+        return room
+
+
+class ShardedGradients(OrderedBuckets[ShardBucket]):
+    """The gradients of one engine at stage 1 or 2."""
+
+    def __init__(
+        self,
+        buckets: Sequence[ShardBucket],
+        names: Mapping[nn.Parameter, str],
+        dtypes: Mapping[nn.Parameter, ParameterDtypes],
+        group: ProcessGroup,
+        *,
+        every_backward: bool,
+        find_sources: bool,
+    ) -> None:
+        """Hook the parameters.
+
+        Args:
+            buckets: in the order in which they are expected to be full.
+            names: for errors.
+            dtypes: of each parameter, after the plan.
+            group: the ranks that reduce.
+            every_backward: send in each backward, not only in the one that ends a window.
+            find_sources: remember which ranks had inf or NaN.
+        """
+        super().__init__(buckets, names, dtypes)
+        self._group, self._every_backward, self._find_sources = group, every_backward, find_sources
+        self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
+        self._at_boundary = False
+        self._room: list[Tensor] = []
+        """Memory of buckets that are closed."""
+        self._first_flag = [0]
+        for bucket in self.buckets:
+            self._first_flag.append(self._first_flag[-1] + len(bucket.params))
+        self._seen = bytearray(self._first_flag[-1])
+        """1 for each parameter that had a gradient of this rank in this window."""
+        self._used: list[int] | None = None
+        """The same over all ranks, once the window was reduced."""
+        device = self.buckets[0].device if self.buckets else torch.device("cpu")
+        marks = self._world_size * len(self.buckets) if find_sources else 0
+        self._message = torch.zeros(self._first_flag[-1] + marks, dtype=torch.int32, device=device)
+        self._marks = self._message[self._first_flag[-1] :].view(-1, self._world_size)
+        self._message_work: Work | None = None
+        self._sources_mixed = False
+
+    # -- what is sent -----------------------------------------------------------------------------------------------
+
+    def begin(self, *, reduce: bool) -> None:
+        self._at_boundary = reduce
+        super().begin(reduce=reduce or self._every_backward)
+
+    def reopen(self) -> None:
+        if self._used is None:
+            return
+        self._sources_mixed = True
+        if not self._every_backward:
+            # Full gradients again: what was reduced becomes this rank's own, of each element one rank has it.
+            for bucket in self.buckets:
+                self._put_back(bucket)
+        self._used = None
+
+    def _put_back(self, bucket: ShardBucket) -> None:
+        shard = bucket.shard
+        assert shard is not None
+        self.make_room(bucket)
+        assert bucket.storage is not None
+        bucket.storage.zero_()
+        segment = bucket.layout.segment
+        bucket.storage[self._rank * segment : (self._rank + 1) * segment].copy_(shard)
+        bucket.shard = None
+        for place, param in enumerate(bucket.params):
+            if self.is_used(bucket, place):
+                param.grad = bucket.slots[place]
+
+    def make_room(self, bucket: ShardBucket) -> None:
+        layout, dtype = bucket.layout, bucket.dtypes.accumulate
+        fitting = [
+            room
+            for room in self._room
+            if room.dtype == dtype and room.device == bucket.device and room.numel() >= layout.total
+        ]
+        if fitting:
+            best = min(fitting, key=torch.numel)
+            self._room = [room for room in self._room if room is not best]
+            bucket.open(best)
+        else:
+            bucket.open(torch.empty(layout.total, dtype=dtype, device=bucket.device))
+
+    def before_send(self) -> None:
+        under_way = [bucket for bucket in self.buckets[: self._started] if bucket.work is not None]
+        for bucket in under_way[: max(0, len(under_way) - IN_FLIGHT + 1)]:
+            self.take(bucket)
+
+    def send(self, bucket: ShardBucket) -> ReduceScatter:
+        if not bucket.slots:  # this rank used nothing of it
+            self.make_room(bucket)
+        unfilled = bucket.unfilled()
+        for place in range(len(bucket.params)):
+            self._seen[self._first_flag[bucket.index] + place] |= place not in unfilled
+        for place in unfilled:
+            bucket.slots[place].zero_()
+        assert bucket.storage is not None
+        message = bucket.storage.to(bucket.dtypes.reduce)
+        if self._find_sources:
+            self._mark_source(bucket, message)
+        return reduce_scatter(message, self._group)
+
+    def _mark_source(self, bucket: ShardBucket, message: Tensor) -> None:
+        values = extremes(message)
+        if values:
+            self._marks[bucket.index, self._rank] |= torch.stack(values).isfinite().all().logical_not()
+
+    def receive(self, bucket: ShardBucket, result: Tensor) -> None:
+        # Made before the bucket's memory is let go, so that they do not share it.
+        mine = result.to(bucket.dtypes.accumulate)
+        if bucket.shard is None:
+            bucket.shard = mine.clone() if mine._base is not None else mine
+        else:
+            bucket.shard += mine
+        self._room.append(bucket.close())
+
+    def after_last_send(self) -> None:
+        if not self._at_boundary:
+            return
+        flags = torch.tensor(list(self._seen), dtype=torch.int32)
+        self._message[: len(self._seen)].copy_(flags, non_blocking=True)
+        self._message_work = dist.all_reduce(self._message, group=self._group, async_op=True)
+
+    def wait(self) -> None:
+        super().wait()
+        if self._message_work is not None:
+            self._message_work.wait()
+            self._message_work = None
+            self._used = self._message[: len(self._seen)].tolist()
+
+    # -- what was received ------------------------------------------------------------------------------------------
+
+    def is_used(self, bucket: ShardBucket, place: int) -> bool:
+        """Return whether any rank had a gradient of this parameter in the window that was reduced."""
+        assert self._used is not None
+        return self._used[self._first_flag[bucket.index] + place] > 0
+
+    def flats(self) -> list[Tensor]:
+        """Return this rank's shards: what it owns of every reduced gradient, and zeros. Valid after :meth:`wait`."""
+        return [bucket.shard for bucket in self.buckets if bucket.shard is not None]
+
+    def own(self, bucket: ShardBucket, place: int) -> Tensor:
+        """Return the part of a reduced gradient that this rank owns, flat; empty if it owns nothing of it."""
+        share = bucket.layout.share(place, self._rank)
+        assert bucket.shard is not None
+        return bucket.shard[share.at : share.at + share.length]
+
+    def non_finite(self) -> tuple[nn.Parameter, tuple[int, ...] | None] | None:
+        """As the base says; collective, because each rank has read only what it owns."""
+        first = len(self._seen)
+        for bucket in self.buckets:
+            for place in range(len(bucket.params)):
+                if self.is_used(bucket, place) and not is_finite(self.own(bucket, place)):
+                    first = min(first, self._first_flag[bucket.index] + place)
+        found = torch.tensor([first], device=self._message.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self._group)
+        if int(found) == len(self._seen):
+            return None
+        bucket, place = next(
+            (bucket, int(found) - begin)
+            for bucket, begin in zip(self.buckets, self._first_flag, strict=False)
+            if int(found) < begin + len(bucket.params)
+        )
+        is_known = self._find_sources and not self._sources_mixed
+        marked = self._marks[bucket.index].tolist() if is_known else []
+        return bucket.params[place], tuple(rank for rank, mark in enumerate(marked) if mark) if is_known else None
+
+    # -- the window -------------------------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        super().clear()
+        for bucket in self.buckets:
+            bucket.shard = None
+            if bucket.storage is not None:
+                self._room.append(bucket.close())
+        self._seen = bytearray(len(self._seen))
+        self._used, self._sources_mixed, self._at_boundary = None, False, False
+        self._message.zero_()
+
+    def unfinished(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield the gradients of a window that goes on: shards where it was reduced, else full ones of this rank.
+
+        Collective where it was reduced. A shard is flat, and empty where this rank owns nothing of a parameter.
+        """
+        seen: list[int] = []
+        if self._every_backward:
+            everywhere = torch.tensor(list(self._seen), dtype=torch.int32, device=self._message.device)
+            dist.all_reduce(everywhere, group=self._group)
+            seen = everywhere.tolist()
+        for bucket in self.buckets:
+            for place, param in enumerate(bucket.params):
+                if self._every_backward:
+                    if seen[self._first_flag[bucket.index] + place]:
+                        yield param, self.own(bucket, place)
+                elif param.grad is not None:
+                    yield param, param.grad
+
+    def restore(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        self.clear()
+        for bucket in self.buckets:
+            held = [place for place, param in enumerate(bucket.params) if param in gradients]
+            if not held:
+                continue
+            if self._every_backward:
+                bucket.shard = torch.zeros(bucket.layout.segment, dtype=bucket.dtypes.accumulate, device=bucket.device)
+            else:
+                self.make_room(bucket)
+            for place in held:
+                param = bucket.params[place]
+                if self._every_backward:
+                    self.own(bucket, place).copy_(gradients[param])
+                    self._seen[self._first_flag[bucket.index] + place] = 1
+                else:
+                    bucket.slots[place].copy_(gradients[param])
+                    param.grad = bucket.slots[place]
+
+    def detach(self) -> None:
+        super().detach()
+        self._room.clear()

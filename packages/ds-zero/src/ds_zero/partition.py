@@ -1,0 +1,203 @@
+"""ZeRO stages 1 and 2: every rank has the whole weights, and updates its share of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.distributed as dist
+
+from ds_core.interfaces.logical import GRADIENT, MASTER, WEIGHT, Chunk, LogicalTensor, Piece, logical_name
+from ds_core.interfaces.partition import OverflowSource, Partition, PartitionInputs, SquaredNorm
+from ds_core.ops import best
+from ds_core.partition.arithmetic import plan_buckets
+from ds_core.partition.stored import cast_stored, stored_pieces
+from ds_zero.gradients import ShardBucket, ShardedGradients
+from ds_zero.layout import cut
+from ds_zero.weights import ShardedWeights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from ds_zero.weights import Shard
+
+__all__ = ["ZeroStage1", "ZeroStage2"]
+
+DEFAULT_BUCKET_BYTES = 25 * 2**20
+
+
+class _Stage12(Partition):
+    """What both stages do; they differ in when gradients are reduced."""
+
+    every_backward: ClassVar[bool]
+
+    def __init__(self, inputs: PartitionInputs) -> None:
+        super().__init__(inputs)
+        group = inputs.group
+        self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
+        self._sum_of_squares = best("sum_of_squares", inputs.device).implementation
+        self._params = [param for each in inputs.param_groups for param in each["params"]]
+        known = set(self._params)
+        self._outside = [param for param in inputs.module.parameters() if param.requires_grad and param not in known]
+        planned = self._plan([param for param in reversed(list(inputs.names)) if param in known])
+        buckets = [
+            ShardBucket(index, params, inputs.dtypes[params[0]], cut([p.numel() for p in params], self._world_size))
+            for index, params in enumerate(planned)
+        ]
+        self._weights = ShardedWeights(
+            [(bucket.params, bucket.layout) for bucket in buckets], inputs.dtypes, group, keep_shapes=False
+        )
+        cast_stored(inputs.module, inputs.dtypes, inputs.plan)
+        self._weights.note_versions()
+        self._place = {param: (bucket, at) for bucket in buckets for at, param in enumerate(bucket.params)}
+        self._gradients = ShardedGradients(
+            buckets,
+            inputs.names,
+            inputs.dtypes,
+            group,
+            every_backward=self.every_backward,
+            find_sources=inputs.find_sources,
+        )
+        self.clear_gradients()
+
+    def _plan(self, ordered: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """Return the parameters of each bucket, in the order in which backward fills them."""
+        dtypes = self.inputs.dtypes
+        section = self.inputs.config.zero_optimization
+        given = "reduce_bucket_numel" in section.model_fields_set
+        itemsize = max((dtypes[param].reduce.itemsize for param in ordered), default=4)
+        bucket_bytes = section.reduce_bucket_numel * itemsize if given else DEFAULT_BUCKET_BYTES
+        plan = plan_buckets(
+            [param.numel() * dtypes[param].reduce.itemsize for param in ordered],
+            [(dtypes[param], param.device) for param in ordered],
+            max(1, bucket_bytes),
+            max(1, bucket_bytes // 25),
+        )
+        return [[ordered[index] for index in items] for items in plan]
+
+    @property
+    def loss_factor(self) -> float:
+        # Dividing the loss costs nothing; dividing the reduced gradients would be one more pass over them.
+        return 1.0 / self._world_size
+
+    def optimizer_groups(self) -> list[dict[str, object]]:
+        return [
+            {**group, "params": [self._shard(param).updated for param in group["params"]]}
+            for group in self.inputs.param_groups
+        ]
+
+    def _shard(self, param: nn.Parameter) -> Shard:
+        return self._weights.shards[param]
+
+    def optimizer_pieces(self) -> Sequence[Piece]:
+        return [self._piece(self._shard(param)) for param in self._params]
+
+    def _piece(self, shard: Shard) -> Piece:
+        """Return what the optimizer updates of a parameter: a flat interval of it, on some ranks an empty one."""
+        shape = tuple(shard.param.shape)
+        of = LogicalTensor(
+            logical_name(self.inputs.names[shard.param]),
+            MASTER if shard.has_master else WEIGHT,
+            shape,
+            str(shard.updated.dtype).removeprefix("torch."),
+        )
+        chunk = Chunk(Chunk.whole(shape).box, shard.share.start, shard.share.length)
+        bucket, place = self._place[shard.param]
+        # What is stored once for the whole parameter, such as a step count, the owner of its beginning writes.
+        writer = self._rank if shard.share.length else bucket.layout.owner(place)
+        return Piece(of, chunk, shard.updated, writer)
+
+    def begin_backward(self, *, reduce: bool) -> None:
+        self._gradients.begin(reduce=reduce)
+
+    def end_backward(self) -> None:
+        self._gradients.end()
+
+    def abort_backward(self) -> None:
+        self._gradients.abort()
+
+    def reduce(self) -> SquaredNorm:
+        self._gradients.check_whole()
+        self._gradients.wait()
+        self._weights.follow_writes()
+        copies: list[Tensor] = []
+        sources: list[Tensor] = []
+        for param, (bucket, place) in self._place.items():
+            updated = self._shard(param).updated
+            updated.grad = None
+            if not self._gradients.is_used(bucket, place):
+                continue
+            gradient = self._gradients.own(bucket, place).view(updated.shape)
+            if gradient.dtype != updated.dtype:
+                sources.append(gradient)
+                gradient = torch.empty_like(gradient, dtype=updated.dtype)
+                copies.append(gradient)
+            updated.grad = gradient
+        if copies:
+            torch._foreach_copy_(copies, sources)
+        return SquaredNorm(self._sum_of_squares(self._gradients.flats()), (self.inputs.group,))
+
+    def find_overflow(self) -> OverflowSource:
+        found = self._gradients.non_finite()
+        return OverflowSource(None, ()) if found is None else OverflowSource(self.inputs.names[found[0]], found[1])
+
+    def publish(self) -> None:
+        self._weights.publish()
+
+    def clear_gradients(self) -> None:
+        self._gradients.clear()
+        self._weights.drop_gradients()
+        for param in self._outside:
+            param.grad = None
+
+    def pieces(self) -> Iterable[Piece]:
+        # Anew at each call: a model may rebind its buffers.
+        masters = [self._piece(shard) for shard in self._weights.shards.values() if shard.has_master]
+        return [*stored_pieces(self.inputs.module, self._world_size), *masters]
+
+    def gradient_pieces(self) -> Iterable[Piece]:
+        self._gradients.check_whole()
+        for param, gradient in self._gradients.unfinished():
+            shape = tuple(gradient.shape)
+            name = logical_name(self.inputs.names[param])
+            dtype = str(gradient.dtype).removeprefix("torch.")
+            of = LogicalTensor(name, GRADIENT, shape, dtype, rank=self._rank)
+            yield Piece(of, Chunk.whole(shape), gradient, writer=self._rank)
+
+    def restore_gradients(self, pieces: Iterable[Piece]) -> None:
+        by_name = {piece.of.name: piece.data for piece in pieces}
+        names = {param: logical_name(self.inputs.names[param]) for param in self._params}
+        self._gradients.restore({param: by_name[name] for param, name in names.items() if name in by_name})
+
+    def after_load(self) -> None:
+        self._weights.publish()
+
+    def refresh_masters(self) -> None:
+        self._weights.refresh()
+
+    def report(self) -> Mapping[str, str]:
+        sizes = [bucket.layout.total * bucket.dtypes.reduce.itemsize for bucket in self._gradients.buckets]
+        when = "in every backward" if self.every_backward else "at the end of a window"
+        found = {"gradient buckets": f"{len(sizes)}, {sum(sizes)} bytes in all, reduced {when}, while it runs"}
+        if self._outside and self._params:
+            listing = ", ".join(self.inputs.names[param] for param in self._outside)
+            found["trainable parameters without an optimizer"] = f"not reduced, not updated: {listing}"
+        return found
+
+    def destroy(self) -> None:
+        self._gradients.detach()
+        self._weights.drop_gradients()
+
+
+class ZeroStage1(_Stage12):
+    """Optimizer state is divided over the ranks; gradients are reduced at the end of an accumulation window."""
+
+    every_backward = False
+
+
+class ZeroStage2(_Stage12):
+    """Optimizer state and reduced gradients are divided: each backward reduces, and keeps only this rank's share."""
+
+    every_backward = True
