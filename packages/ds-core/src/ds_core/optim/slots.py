@@ -42,7 +42,11 @@ def slot_pieces(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> li
             like_param = value.shape == piece.data.shape
             shape = piece.of.shape if like_param else tuple(value.shape)
             of = LogicalTensor(piece.of.name, slot, shape, str(value.dtype).removeprefix("torch."))
-            found.append(Piece(of, piece.chunk if like_param else Chunk.whole(shape), value, piece.writer))
+            if like_param:
+                found.append(Piece(of, piece.chunk, value, piece.writer))
+            elif piece.chunk.offset == 0 and not any(piece.chunk.box.start):
+                # Of the ranks that hold parts of a parameter, the one with its beginning.
+                found.append(Piece(of, Chunk.whole(shape), value, piece.writer))
     return found
 
 
