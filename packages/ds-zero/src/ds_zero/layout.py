@@ -66,9 +66,11 @@ class Layout:
         """Return the intervals of the whole that no parameter lies in."""
         found, at = [], 0
         for begin, numel in sorted(zip(self.offsets, self.numels, strict=True)):
-            if numel and begin > at:
+            if not numel:
+                continue
+            if begin > at:
                 found.append((at, begin))
-            at = max(at, begin + numel)
+            at = begin + numel
         return [*found, (at, self.total)] if at < self.total else found
 
     def owner(self, index: int) -> int:

@@ -1,0 +1,83 @@
+"""Layouts: every element has one owner, and nothing is lost or doubled. Any sizes, any world up to 64."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds_zero.layout import cut, whole
+
+numels = st.lists(st.one_of(st.just(0), st.integers(1, 40), st.integers(1, 5000)), min_size=1, max_size=30)
+worlds = st.integers(1, 64)
+quick = settings(deadline=None, max_examples=200)
+
+
+@pytest.mark.parametrize("lay", [cut, whole])
+@quick
+@given(numels=numels, world_size=worlds, align=st.sampled_from([1, 2, 8]))
+def test_every_element_has_one_owner(lay, numels, world_size, align):
+    layout = lay(numels, world_size, align=align)
+    assert layout.segment % align == 0
+    assert layout.total >= sum(numels)
+    taken: list[tuple[int, int]] = []
+    for index, numel in enumerate(numels):
+        shares = [layout.share(index, rank) for rank in range(world_size)]
+        intervals = sorted((share.start, share.length) for share in shares if share.length)
+        at = 0
+        for start, length in intervals:
+            assert start == at
+            at += length
+        assert at == numel
+        for rank, share in enumerate(shares):
+            assert 0 <= share.at <= share.at + share.length <= layout.segment
+            if share.length:
+                # Where the share lies in the segment is where the parameter lies in the whole.
+                assert rank * layout.segment + share.at == layout.offsets[index] + share.start
+                taken.append((rank * layout.segment + share.at, share.length))
+        owner = layout.owner(index)
+        assert 0 <= owner < world_size
+        assert not numel or (shares[owner].length and shares[owner].start == 0)
+    taken += [(low, high - low) for low, high in layout.gaps()]
+    at = 0
+    for start, length in sorted(taken):
+        assert start == at, "parameters and gaps cover the whole, each place once"
+        at += length
+    assert at == layout.total
+
+
+@quick
+@given(numels=numels, world_size=worlds)
+def test_cut_wastes_less_than_an_element_per_rank(numels, world_size):
+    layout = cut(numels, world_size)
+    assert layout.total - sum(numels) < world_size
+
+
+@quick
+@given(numels=numels, world_size=worlds)
+def test_whole_parameters_have_one_rank(numels, world_size):
+    layout = whole(numels, world_size)
+    for index, numel in enumerate(numels):
+        lengths = [layout.share(index, rank).length for rank in range(world_size)]
+        assert sorted(lengths)[-1] == numel
+        assert sum(1 for length in lengths if length) == (1 if numel else 0)
+    # Graham 1969: within 4/3 of the best there can be.
+    best = max(max(numels), -(-sum(numels) // world_size))
+    assert layout.segment <= 4 / 3 * best + 1
+
+
+@quick
+@given(numels=numels, world_size=worlds, lay=st.sampled_from([cut, whole]))
+def test_scattered_and_gathered_is_what_it_was(numels, world_size, lay):
+    layout = lay(numels, world_size)
+    params = [[(index, element) for element in range(numel)] for index, numel in enumerate(numels)]
+    flat: list[object] = [None] * layout.total
+    for param, offset in zip(params, layout.offsets, strict=True):
+        flat[offset : offset + len(param)] = param
+    segments = [flat[rank * layout.segment : (rank + 1) * layout.segment] for rank in range(world_size)]
+    again: list[list[object]] = [[None] * numel for numel in numels]
+    for rank, segment in enumerate(segments):
+        for index in range(len(numels)):
+            share = layout.share(index, rank)
+            again[index][share.start : share.start + share.length] = segment[share.at : share.at + share.length]
+    assert again == params
