@@ -13,7 +13,7 @@ from ds_core.ops import best
 from ds_core.partition.arithmetic import plan_buckets
 from ds_core.partition.stored import cast_stored, stored_pieces
 from ds_zero.gradients import ShardBucket, ShardedGradients
-from ds_zero.layout import cut
+from ds_zero.layout import cut, whole
 from ds_zero.weights import ShardedWeights
 
 if TYPE_CHECKING:
@@ -42,12 +42,16 @@ class _Stage12(Partition):
         known = set(self._params)
         self._outside = [param for param in inputs.module.parameters() if param.requires_grad and param not in known]
         planned = self._plan([param for param in reversed(list(inputs.names)) if param in known])
+        lay_out = whole if inputs.whole_tensors else cut
         buckets = [
-            ShardBucket(index, params, inputs.dtypes[params[0]], cut([p.numel() for p in params], self._world_size))
+            ShardBucket(index, params, inputs.dtypes[params[0]], lay_out([p.numel() for p in params], self._world_size))
             for index, params in enumerate(planned)
         ]
         self._weights = ShardedWeights(
-            [(bucket.params, bucket.layout) for bucket in buckets], inputs.dtypes, group, keep_shapes=False
+            [(bucket.params, bucket.layout) for bucket in buckets],
+            inputs.dtypes,
+            group,
+            keep_shapes=inputs.whole_tensors,
         )
         cast_stored(inputs.module, inputs.dtypes, inputs.plan)
         self._weights.note_versions()
@@ -127,7 +131,7 @@ class _Stage12(Partition):
         for param, (bucket, place) in self._place.items():
             updated = self._shard(param).updated
             updated.grad = None
-            if not self._gradients.is_used(bucket, place):
+            if not self._gradients.is_used(bucket, place) or self._is_elsewhere(param):
                 continue
             gradient = self._gradients.own(bucket, place).view(updated.shape)
             if gradient.dtype != updated.dtype:
@@ -138,6 +142,11 @@ class _Stage12(Partition):
         if copies:
             torch._foreach_copy_(copies, sources)
         return SquaredNorm(self._sum_of_squares(self._gradients.flats()), (self.inputs.group,))
+
+    def _is_elsewhere(self, param: nn.Parameter) -> bool:
+        """Return whether the optimizer of another rank looks after all of ``param``."""
+        bucket, place = self._place[param]
+        return self.inputs.whole_tensors and bucket.layout.owner(place) != self._rank
 
     def find_overflow(self) -> OverflowSource:
         found = self._gradients.non_finite()

@@ -26,6 +26,7 @@ from ds_core.interfaces.partition import Partition, PartitionInputs
 from ds_core.log import log_dist
 from ds_core.optim.build import build_optimizer, check_steps_without_closure, find_optimizer
 from ds_core.optim.client import check_updates, take_over
+from ds_core.optim.elementwise import is_elementwise
 from ds_core.optim.scaled import OptimizerStep
 from ds_core.schedules import build_schedule
 
@@ -162,6 +163,7 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
             device,
             config,
             find_sources=choice.precision.skips_overflow,
+            whole_tensors=trains and not is_elementwise(_what_updates(arguments)),
         )
     )
     _warn_of_dtypes(partition)
@@ -365,6 +367,13 @@ def _optimizer(arguments: Arguments, partition: Partition) -> torch.optim.Optimi
         return built
     assert section is not None
     return build_optimizer(section.type, section.params, groups)
+
+
+def _what_updates(arguments: Arguments) -> Any:
+    """Return the optimizer, its class, or what will build it."""
+    if arguments.optimizer is not None or arguments.config.optimizer is None:
+        return arguments.optimizer
+    return find_optimizer(arguments.config.optimizer.type)
 
 
 def _schedule(arguments: Arguments, optimizer: torch.optim.Optimizer) -> LRSchedule | None:

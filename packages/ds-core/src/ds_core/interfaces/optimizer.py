@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["OptimizerFactory", "ScaledStep"]
+__all__ = ["ELEMENTWISE", "OptimizerFactory", "ScaledStep"]
+
+ELEMENTWISE = "elementwise"
+"""Optional, an attribute of the class: True where each element is updated from its own gradient and state alone.
+
+A partition may then give it any interval of a parameter, flat. Without it an optimizer gets whole parameters.
+"""
 
 
 class OptimizerFactory(Protocol):

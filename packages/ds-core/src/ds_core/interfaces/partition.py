@@ -50,6 +50,9 @@ class PartitionInputs:
     find_sources: bool = False
     """Remember which ranks had inf or NaN of their own, for :meth:`Partition.find_overflow`: one more read of the
     gradients before each collective."""
+    whole_tensors: bool = False
+    """The optimizer looks at a parameter as a whole (a matrix, a norm), so it must get whole ones. If not, every
+    element is updated by itself, and any interval of a parameter will do."""
     dtypes: Mapping[nn.Parameter, ParameterDtypes] = field(init=False, repr=False)
     """What ``plan`` means for each parameter of ``module``."""
 
