@@ -17,7 +17,7 @@ import torch
 
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import BUFFER, GRADIENT, MASTER, WEIGHT, Box, Chunk, LogicalTensor, Piece, Snapshot
-from ds_core.testing import _checkpoint_crash as crash
+from ds_core.testing import _checkpoint_crash, crash
 from ds_core.testing.ranks import expect_rank_errors, run_ranks
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ class CheckpointEngineContract:
         self, engine: CheckpointEngine, tmp_path: Path, tag: str
     ) -> None:
         """SIGKILL before every file operation of a save, and in the midst of writing: old or new, but whole."""
-        points = crash.kill_saves(type(engine), engine.options, tmp_path, tag)
+        points = _checkpoint_crash.kill_saves(type(engine), engine.options, tmp_path, tag)
         assert points >= 3, "the save was killed at too few points to mean anything"
 
     def test_ranks_save_together(self, engine: CheckpointEngine, tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def _bad_state_on_rank_1(cls: type[CheckpointEngine], options: Section | None, d
 def _killed_on_rank_1(cls: type[CheckpointEngine], options: Section | None, directory: str) -> None:
     engine, rank = _on_rank(cls, options)
     if rank == 1:
-        crash.die_at_file_operation(2, directory)
+        crash.die_at(point=2)
     engine.save(Path(directory), "tag", snapshot(2, rank=rank, world_size=2, parts=2), latest=True)
 
 
