@@ -77,6 +77,16 @@ def test_what_is_raised_ahead_of_it_is_what_the_caller_gets(folder):
     assert (folder / "new").write_bytes(b"content") == 7
 
 
+def test_two_may_watch_at_the_same_time(folder):
+    one, other = [], []
+    with crash.watched(one.append):
+        with crash.watched(other.append):
+            (folder / "new").write_bytes(b"x")
+        (folder / "new").write_bytes(b"y")
+    assert [operation.name for operation in one] == ["create", "write"] * 2
+    assert [operation.name for operation in other] == ["create", "write"]
+
+
 def three_writes(folder: Path, **when) -> None:
     crash.die_at(note=folder / "note", **when)
     for name in ("a", "b", "c"):

@@ -56,8 +56,6 @@ _SYNCS = ("fsync", "fdatasync", "sync")
 _CHANGING = os.O_CREAT | os.O_WRONLY | os.O_RDWR | os.O_TRUNC
 _REAL_WRITE, _REAL_OPEN = os.write, os.open
 MAX_POINTS = 300
-_for_good: list[object] = []
-"""What watches until the process ends; collected as garbage, it would stop."""
 
 
 @dataclass(frozen=True)
@@ -79,70 +77,98 @@ class Operation:
         return os.fsdecode(self.target)
 
 
+_watchers: list[Callable[[Operation], None]] = []
+_inside = threading.local()
+
+
 @contextlib.contextmanager
 def watched(before: Callable[[Operation], None]) -> Iterator[None]:
     """Call ``before`` ahead of every change of a file, in whatever thread; what it raises is what the caller gets."""
-    inside = threading.local()
-    is_on = True
-
-    def tell(name: str, target: Any, data: Any = b"") -> None:
-        if getattr(inside, "busy", False) or not is_on:
-            return
-        inside.busy = True
-        try:
-            before(Operation(name, target, bytes(data)))
-        finally:
-            inside.busy = False
-
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event in _AUDITED:
-            tell(_AUDITED[event], args[0])
-        elif event == "open" and isinstance(args[2], int) and args[2] & _CHANGING:
-            # A descriptor is of a file that is open already.
-            if not isinstance(args[0], int) and args[0] != os.devnull:
-                tell("create", args[0])
-
-    class Raw(io.FileIO):
-        """A file whose writes are seen, however it is buffered."""
-
-        def write(self, data: Any) -> int:
-            tell("write", self.fileno(), data)
-            return super().write(data)
-
-    real_open, real_path_open = io.open, Path.open
-
-    def opened(file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **options: Any) -> Any:
-        if not set(mode) & set("wax+") or set(options) - {"encoding", "errors", "newline", "closefd"}:
-            return real_open(file, mode, buffering, *rest, **options)
-        raw = Raw(file, mode.replace("b", "").replace("t", ""), closefd=options.pop("closefd", True))
-        if "b" in mode and not buffering:
-            return raw
-        buffered = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw)
-        return buffered if "b" in mode else io.TextIOWrapper(buffered, *rest, **options)
-
-    def told(name: str, function: str) -> tuple[Any, str, Any]:
-        call = getattr(os, function)
-
-        def instead(*args: Any, **options: Any) -> Any:
-            tell(name, args[0] if args else None, args[1] if function == "write" else b"")
-            return call(*args, **options)
-
-        return os, function, instead
-
-    patches: list[tuple[Any, str, Any]] = [(io, "open", opened), (builtins, "open", opened)]
-    patches += [told("write", function) for function in _WRITES if hasattr(os, function)]
-    patches += [told("sync", function) for function in _SYNCS if hasattr(os, function)]
-    patches += [(Path, "open", lambda path, *args, **options: opened(path, *args, **options))]
-    before_that = [(owner, name, getattr(owner, name)) for owner, name, _ in patches if owner is not Path]
-    sys.addaudithook(hook)
-    for owner, name, instead in patches:
-        setattr(owner, name, instead)
+    _watchers.append(before)
+    if len(_watchers) == 1:
+        _patch()
     try:
         yield
     finally:
-        is_on = False  # a hook cannot be taken away
-        for owner, name, was in [*before_that, (Path, "open", real_path_open)]:
-            setattr(owner, name, was)
+        _watchers.remove(before)
+        if not _watchers:
+            _unpatch()
+
+
+def _tell(name: str, target: Any, data: Any = b"") -> None:
+    if getattr(_inside, "busy", False):
+        return  # a watcher's own files
+    _inside.busy = True
+    try:
+        for before in list(_watchers):
+            before(Operation(name, target, bytes(data)))
+    finally:
+        _inside.busy = False
+
+
+def _hook(event: str, args: tuple[Any, ...]) -> None:
+    if not _watchers:
+        return
+    if event in _AUDITED:
+        _tell(_AUDITED[event], args[0])
+    # A descriptor is of a file that is open already.
+    elif event == "open" and not isinstance(args[0], int) and isinstance(args[2], int) and args[2] & _CHANGING:
+        _tell("create", args[0])
+
+
+class _Raw(io.FileIO):
+    """A file whose writes are seen, however it is buffered."""
+
+    def write(self, data: Any) -> int:
+        _tell("write", self.fileno(), data)
+        return super().write(data)
+
+
+def _open(file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **options: Any) -> Any:
+    if not set(mode) & set("wax+") or set(options) - {"encoding", "errors", "newline", "closefd"}:
+        return _REAL[io, "open"](file, mode, buffering, *rest, **options)
+    raw = _Raw(file, mode.replace("b", "").replace("t", ""), closefd=options.pop("closefd", True))
+    if "b" in mode and not buffering:
+        return raw
+    buffered = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw)
+    return buffered if "b" in mode else io.TextIOWrapper(buffered, *rest, **options)
+
+
+def _told(name: str, function: str) -> Callable[..., Any]:
+    def instead(*args: Any, **options: Any) -> Any:
+        _tell(name, args[0] if args else None, args[1] if function == "write" else b"")
+        return _REAL[os, function](*args, **options)
+
+    return instead
+
+
+def _open_path(path: Path, *args: Any, **options: Any) -> Any:
+    return _open(path, *args, **options)
+
+
+_INSTEAD: dict[tuple[Any, str], Any] = {
+    (io, "open"): _open,
+    (builtins, "open"): _open,
+    (Path, "open"): _open_path,
+    **{(os, function): _told("write", function) for function in _WRITES if hasattr(os, function)},
+    **{(os, function): _told("sync", function) for function in _SYNCS if hasattr(os, function)},
+}
+_REAL = {(owner, name): getattr(owner, name) for owner, name in _INSTEAD}
+_is_hooked = False
+
+
+def _patch() -> None:
+    global _is_hooked
+    if not _is_hooked:
+        sys.addaudithook(_hook)  # for good: it cannot be taken away
+        _is_hooked = True
+    for (owner, name), instead in _INSTEAD.items():
+        setattr(owner, name, instead)
+
+
+def _unpatch() -> None:
+    for (owner, name), real in _REAL.items():
+        setattr(owner, name, real)
 
 
 def die_at(
@@ -183,9 +209,8 @@ def die_at(
                     die(operation, upto, name)
                 seen += 1
 
-    watching = watched(before)
-    watching.__enter__()
-    _for_good.append(watching)
+    _watchers.append(before)
+    _patch()
 
 
 @contextlib.contextmanager
