@@ -15,6 +15,7 @@ from ds_ckpt.config import ShardedConfig
 from ds_ckpt.formats import read
 from ds_ckpt.loading import StoredReader
 from ds_ckpt.sharded import ShardedCheckpoint
+from ds_ckpt.storage import folder_at
 from ds_ckpt.stored import Stored, StoredChunk, StoredFile, StoredTensor
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import Box, Chunk, LogicalTensor, Piece, Snapshot
@@ -194,7 +195,9 @@ def without_checksums(folder: Path, chunks: list[StoredChunk], dtype: str = "flo
     of = LogicalTensor(OF.name, OF.kind, SHAPE, dtype)
     name = chunks[0].file
     files = {name: StoredFile(name, (folder / name).stat().st_size, None)}
-    return Stored(folder, "other", "1", 1, {(OF.name, OF.kind, None): StoredTensor(of, tuple(chunks))}, files, {})
+    return Stored(
+        folder_at(folder), "other", "1", 1, {(OF.name, OF.kind, None): StoredTensor(of, tuple(chunks))}, files, {}
+    )
 
 
 @pytest.mark.parametrize(
@@ -236,7 +239,7 @@ def test_two_tensors_of_the_same_bytes(tmp_path):
         **stored.tensors,
         ("other", "weight", None): StoredTensor(other, (StoredChunk(Chunk.whole((120,)), "file", 0, 480),)),
     }
-    stored = Stored(tmp_path, "other", "1", 1, tensors, stored.files, {})
+    stored = Stored(folder_at(tmp_path), "other", "1", 1, tensors, stored.files, {})
     targets = torch.zeros(SHAPE, dtype=torch.float64), torch.zeros(120, dtype=torch.int64)
     with StoredReader(stored) as reader:
         reader.read([Piece(OF, Chunk.whole(SHAPE), targets[0]), Piece(other, Chunk.whole((120,)), targets[1])])

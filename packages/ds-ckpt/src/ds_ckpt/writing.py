@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,11 +16,11 @@ from ds_core.interfaces.logical import Box, Chunk
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from torch import Tensor
 
     from ds_ckpt.layout import Part
+    from ds_ckpt.storage import Folder
     from ds_core.interfaces.logical import Piece
 
 __all__ = ["bytes_of", "write_file"]
@@ -43,8 +42,8 @@ _WORDS = {
 """torch's word of a dtype -> that of the safetensors format."""
 
 
-def write_file(path: Path, parts: Sequence[Part]) -> tuple[StoredFile, list[StoredChunk]]:
-    """Write ``parts`` to ``path``, one at a time through host memory; the content is synced, the folder is not.
+def write_file(folder: Folder, name: str, parts: Sequence[Part]) -> tuple[StoredFile, list[StoredChunk]]:
+    """Write ``parts`` to a new file, one at a time through host memory; the content is synced, the folder is not.
 
     Returns:
         What the manifest says about the file, and about each part.
@@ -53,40 +52,30 @@ def write_file(path: Path, parts: Sequence[Part]) -> tuple[StoredFile, list[Stor
         OSError: with the file's name.
         CheckpointError: two parts of one name.
     """
-    head, start = _header(path, parts)
+    head, start = _header(f"{folder}/{name}", parts)
     whole = xxhash.xxh3_128(head)
     chunks: list[StoredChunk] = []
-    try:
-        # Nothing has this name: it carries the id of this save. An existing file is not ours to write to.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            _write_all(descriptor, memoryview(head))
-            at = start
-            for part in parts:
-                data = bytes_of(part.piece, part.chunk)
-                whole.update(data)
-                chunks.append(StoredChunk(part.chunk, path.name, at, len(data), checksum(data)))
-                _write_all(descriptor, data)
-                at += len(data)
-                del data  # before the next one is copied
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    file = StoredFile(path.name, at, f"xxh3:{whole.hexdigest()}", (start, checksum(head)))
-    return file, chunks
+    with folder.create(name) as write:
+        write(memoryview(head))
+        at = start
+        for part in parts:
+            data = bytes_of(part.piece, part.chunk)
+            whole.update(data)
+            chunks.append(StoredChunk(part.chunk, name, at, len(data), checksum(data)))
+            write(data)
+            at += len(data)
+            del data  # before the next one is copied
+    return StoredFile(name, at, f"xxh3:{whole.hexdigest()}", (start, checksum(head))), chunks
 
 
-def _header(path: Path, parts: Sequence[Part]) -> tuple[bytes, int]:
+def _header(path: str, parts: Sequence[Part]) -> tuple[bytes, int]:
     """Return what comes before the first chunk, and its size."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for part in parts:
         key = chunk_key(part.piece.of, part.chunk)
         if key in header:
-            raise CheckpointError(f"two chunks of one file are called {key!r}", where=str(path), fix="rename one")
+            raise CheckpointError(f"two chunks of one file are called {key!r}", where=path, fix="rename one")
         # A box has its shape; an interval of one is flat.
         shape = part.chunk.box.size if part.chunk.is_whole_box else (part.chunk.length,)
         header[key] = {
@@ -98,11 +87,6 @@ def _header(path: Path, parts: Sequence[Part]) -> tuple[bytes, int]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, so that readers can map them
     return len(text).to_bytes(8, "little") + text, 8 + len(text)
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
 
 
 def bytes_of(piece: Piece, chunk: Chunk) -> memoryview:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from ds_core.checkpoint.atomic import replace_text
@@ -10,11 +11,23 @@ from ds_core.errors import CheckpointError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["LATEST", "MANIFEST", "check_tag", "complete_tags", "read_latest", "write_latest"]
+__all__ = ["LATEST", "MANIFEST", "check_tag", "complete_tags", "is_url", "read_latest", "write_latest"]
 
 LATEST = "latest"
 MANIFEST = "checkpoint.json"
 """Its presence makes a folder a checkpoint: it is written last."""
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
+
+
+def is_url(directory: object) -> bool:
+    """Return whether a directory is a URL; a path object never is, it has lost one of the slashes.
+
+    >>> is_url("s3://bucket/run"), is_url("runs/first"), is_url("/data/a://b")
+    (True, False, False)
+    """
+    return isinstance(directory, str) and _URL.match(directory) is not None
 
 
 def check_tag(tag: object) -> str:

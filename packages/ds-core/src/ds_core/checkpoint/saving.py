@@ -23,18 +23,28 @@ if TYPE_CHECKING:
 
     from ds_core.interfaces.logical import LogicalTensor
 
-__all__ = ["agree_on_id", "chunk_key", "file_name", "place_in", "remove_leftovers", "together"]
+__all__ = ["agree_on_id", "chunk_key", "file_name", "is_ours", "place_in", "remove_leftovers", "together"]
 
-_OURS = re.compile(r"rank_\d{5}(_\d+)?-[0-9a-f]{12}\.safetensors(\.tmp)?")
+_OURS = re.compile(r"rank_\d{5}(_\d+)?-[0-9a-f]{12}\.(safetensors(\.tmp)?|pt.*)")
+"""``.pt`` and what follows: files of an engine that was written for DeepSpeed's interface, see ``adapter.py``."""
 
 
-def file_name(rank: int, save_id: str, part: int | None = None) -> str:
+def file_name(rank: int, save_id: str, part: int | None = None, *, suffix: str = "safetensors") -> str:
     """Return the name of a rank's file, or of one of its files.
 
     >>> file_name(3, "0123456789ab"), file_name(3, "0123456789ab", 1)
     ('rank_00003-0123456789ab.safetensors', 'rank_00003_1-0123456789ab.safetensors')
     """
-    return f"rank_{rank:05d}{'' if part is None else f'_{part}'}-{save_id}.safetensors"
+    return f"rank_{rank:05d}{'' if part is None else f'_{part}'}-{save_id}.{suffix}"
+
+
+def is_ours(name: str) -> bool:
+    """Return whether a file, by its name, is one that a save wrote or left half written.
+
+    >>> is_ours(file_name(3, "0123456789ab")), is_ours("model.safetensors")
+    (True, False)
+    """
+    return _OURS.fullmatch(name) is not None
 
 
 def chunk_key(of: LogicalTensor, chunk: Chunk) -> str:
@@ -66,10 +76,10 @@ def agree_on_id(group: ProcessGroup | None) -> str:
     return chosen[0]
 
 
-def together(work: Callable[[], object], folder: Path, group: ProcessGroup | None) -> None:
+def together(work: Callable[[], object], folder: object, group: ProcessGroup | None) -> None:
     """Run a part of a save into ``folder``; if it fails on one rank it fails on all, with that rank's reason.
 
-    Collective.
+    Collective. ``folder`` is for errors: a path, or what is printed as a URL.
     """
     failure: CheckpointError | None = None
     try:
@@ -94,7 +104,7 @@ def together(work: Callable[[], object], folder: Path, group: ProcessGroup | Non
 def remove_leftovers(folder: Path, *, keep: Collection[str]) -> None:
     """Remove what earlier saves under a tag left, and nothing of anybody else's; the new save is complete by now."""
     for path in sorted(folder.iterdir()):
-        if _OURS.fullmatch(path.name) and path.name not in keep:
+        if is_ours(path.name) and path.name not in keep:
             try:
                 path.unlink()
             except OSError as error:
