@@ -8,6 +8,7 @@ import ds_ckpt
 
 PUBLIC = ["Checkpoint", "open"]
 ENTRY_POINTS = {
+    ("ds_core.checkpoint", "async", "ds_ckpt.background:AsyncCheckpoint"),
     ("ds_core.checkpoint", "sharded", "ds_ckpt.sharded:ShardedCheckpoint"),
     ("ds_core.cli", "ckpt", "ds_ckpt.cli:app"),
 }
