@@ -59,7 +59,7 @@ def read_latest(directory: Path) -> str:
     """Return the tag that ``directory/latest`` names.
 
     Raises:
-        CheckpointError: there is no such folder, or no such file in it.
+        CheckpointError: there is no such folder, no such file in it, or it names no tag.
     """
     if not directory.is_dir():
         raise CheckpointError(
@@ -68,15 +68,21 @@ def read_latest(directory: Path) -> str:
             fix="check the path; save_checkpoint creates it",
         )
     try:
-        tag = (directory / LATEST).read_text().strip()
-    except FileNotFoundError:
-        found = complete_tags(directory)
-        raise CheckpointError(
-            "there is no file 'latest' that names the checkpoint to load",
-            where=str(directory),
-            fix=f"pass tag=, one of {', '.join(found)}" if found else "check the path: no checkpoint is in it",
-        ) from None
-    return check_tag(tag)
+        content = (directory / LATEST).read_bytes()
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise _not_named(directory, "there is no file 'latest' that names the checkpoint to load") from None
+        raise _not_named(directory, f"the file 'latest' cannot be read: {error.strerror}") from error
+    try:
+        return check_tag(content.decode().strip())
+    except (CheckpointError, UnicodeDecodeError):
+        raise _not_named(directory, f"the file 'latest' holds {content[:80]!r}, which is no tag") from None
+
+
+def _not_named(directory: Path, what: str) -> CheckpointError:
+    found = complete_tags(directory)
+    fix = f"pass tag=, one of {', '.join(found)}" if found else "check the path: no checkpoint is in it"
+    return CheckpointError(what, where=str(directory), fix=fix)
 
 
 def write_latest(directory: Path, tag: str) -> None:
