@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
+    from ds_core.checkpoint.huggingface import Exported
     from ds_core.config import Config
     from ds_core.data import DeepSpeedDataLoader
     from ds_core.engine.engine import Progress
@@ -53,7 +54,6 @@ class EngineFace(ConfigGetters, nn.Module):
         "no_sync": "gradients are reduced only at the end of a window already; leave no_sync() out",
         "coalesce_grad_reduction": "call engine.backward several times before engine.step()",
         "scale": "call engine.backward(loss)",
-        "save_16bit_model": "use save_checkpoint, or module_state_dict() with torch.save",
         "offload_states": "it comes with ds-zero",
         "reload_states": "it comes with ds-zero",
     }
@@ -356,6 +356,57 @@ class EngineFace(ConfigGetters, nn.Module):
             custom=custom_load_fn,
         )
         return state.load(self, load_dir, tag, options)
+
+    # -- weights for others -----------------------------------------------------------------------------------------
+
+    def export_weights(
+        self,
+        save_dir: str | PathLike[str],
+        dtype: str | torch.dtype | None = None,
+        max_shard_size: str | int | None = "5GB",
+        safe_serialization: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> Exported:
+        """Write the weights as ``transformers`` loads them; see :func:`ds_core.engine.export.export_weights`.
+
+        Every rank calls it; the weights need not be whole on any of them.
+        """
+        from ds_core.engine.export import export_weights
+
+        return export_weights(self, save_dir, dtype, max_shard_size, safe_serialization, exclude_frozen_parameters)
+
+    def save_16bit_model(
+        self,
+        save_dir: str | PathLike[str],
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write the weights as the model has them into one file, safetensors if its name ends so. Every rank calls it.
+
+        Returns:
+            True; False at stage 3 without ``stage3_gather_16bit_weights_on_model_save``, where nothing is written.
+        """
+        from ds_core.engine.export import save_16bit_model
+
+        return save_16bit_model(self, save_dir, save_filename, exclude_frozen_parameters)
+
+    def save_fp16_model(self, save_dir: str | PathLike[str], save_filename: str = "pytorch_model.bin") -> bool:
+        """:meth:`save_16bit_model` by its old name."""
+        return self.save_16bit_model(save_dir, save_filename)
+
+    def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, torch.Tensor] | None:
+        """Return all weights on rank 0, None on the others; a ValueError where they are whole on every rank."""
+        from ds_core.engine.export import consolidated
+
+        return consolidated(self, exclude_frozen_parameters, "_consolidated_16bit_state_dict")
+
+    def _zero3_consolidated_16bit_state_dict(
+        self, exclude_frozen_parameters: bool = False
+    ) -> dict[str, torch.Tensor] | None:
+        """Return all weights on rank 0, None on the others; a ValueError below stage 3."""
+        from ds_core.engine.export import consolidated
+
+        return consolidated(self, exclude_frozen_parameters, "_zero3_consolidated_16bit_state_dict")
 
     @abstractmethod
     def destroy(self) -> None: ...

@@ -15,6 +15,7 @@ from ds_core import comm
 from ds_core.checkpoint.folder import check_tag
 from ds_core.checkpoint.jsonable import decode, encode
 from ds_core.comm import raise_together, same_on_all_ranks
+from ds_core.engine.names import frozen_names, shared_names
 from ds_core.engine.overflow import OverflowHistory
 from ds_core.engine.parts import Outcome
 from ds_core.engine.rng import capture_rng, restore_rng
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from ds_core.interfaces.logical import LogicalTensor
     from ds_core.interfaces.precision import LossScaler, PrecisionPlan
 
-__all__ = ["LoadOptions", "load", "load_weights", "save"]
+__all__ = ["LoadOptions", "extra_state_of", "load", "load_weights", "save"]
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _capture(engine: EngineFace, client_state: Mapping[str, Any], exclude_frozen
             where=f"micro-batch {window.micro_steps}",
             fix="call it after engine.step()",
         )
-    frozen = {logical_name(name) for name, param in engine.module.named_parameters() if not param.requires_grad}
+    frozen = set(frozen_names(engine.module))
     pieces = [
         piece
         for piece in parts.partition.pieces()
@@ -155,8 +156,11 @@ def _capture(engine: EngineFace, client_state: Mapping[str, Any], exclude_frozen
         "plan": _plan_in_words(parts.precision.plan),
         "loss_scale": parts.precision.scaler.scale,
         "scaler": encode(parts.precision.scaler.state_dict(), "loss scaler"),
-        "extra_state": encode(_extra_state(engine.module), "extra state of the model"),
+        "extra_state": encode(extra_state_of(engine.module), "extra state of the model"),
         "excluded": sorted(frozen) if exclude_frozen else [],
+        # For those who read the weights without the model: exports, the tools.
+        "frozen": sorted(frozen),
+        "shared": shared_names(engine.module),
         "client_state": encode(dict(client_state), "client_state"),
     }
     optimizer = engine.basic_optimizer
@@ -179,7 +183,8 @@ def _has_extra_state(module: nn.Module) -> bool:
     return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
-def _extra_state(module: nn.Module) -> dict[str, Any]:
+def extra_state_of(module: nn.Module) -> dict[str, Any]:
+    """Return what modules give with ``get_extra_state``, by their names."""
     return {
         logical_name(name): submodule.get_extra_state()
         for name, submodule in module.named_modules()
