@@ -41,7 +41,7 @@ class Flight:
     """One save in the background, from its start until its end was told.
 
     Args:
-        work: writes the checkpoint, in a thread of its own.
+        work: writes the checkpoint, in a thread of its own; it gets :meth:`count`.
         directory: where it goes. Saves of one process into one directory are written in the order they were started,
             also those of several engines, so that ``latest`` names the last one. Every rank starts them in one order.
         label: what it is, for people: ``checkpoint 'step_100' in /runs/7``.
@@ -50,9 +50,15 @@ class Flight:
     """
 
     def __init__(
-        self, work: Callable[[], None], *, directory: Directory, label: str, total_bytes: int, speaks: bool
+        self,
+        work: Callable[[Callable[[int], None]], None],
+        *,
+        directory: Directory,
+        label: str,
+        total_bytes: int,
+        speaks: bool,
     ) -> None:
-        self._work: Callable[[], None] | None = work
+        self._work: Callable[[Callable[[int], None]], None] | None = work
         self._lane = str(directory) if is_url(directory) else os.path.realpath(directory)
         self._before: Flight | None = None
         self._label, self._total_bytes, self._speaks = label, total_bytes, speaks
@@ -77,6 +83,12 @@ class Flight:
     def wait(self) -> None:
         """Return once the save has ended, one way or the other."""
         self._thread.join()
+        if not self._done.is_set():
+            self.failure = CheckpointError(
+                "this process is a fork of the one that saves, and does not have its threads",
+                where=self._label,
+                fix="load and save in the process that started the save, or commit before the fork",
+            )
 
     def told(self) -> None:
         """Note that somebody is told of the failure now; then the end of the program is not."""
@@ -84,15 +96,14 @@ class Flight:
             _untold.remove(self)
 
     def _run(self) -> None:
-        if self._speaks:
-            # Beside the work and not in it: most of the time goes by inside calls that write and sync.
-            threading.Thread(target=self._watch, name="ds-checkpoint-watch", daemon=False).start()
-        if self._before is not None:
-            self._before.wait()
-            self._before = None
-        assert self._work is not None
         try:
-            self._work()
+            if self._speaks:
+                # Beside the work and not in it: most of the time goes by inside calls that write and sync.
+                threading.Thread(target=self._watch, name="ds-checkpoint-watch", daemon=False).start()
+            if self._before is not None:
+                self._before.wait()
+            assert self._work is not None
+            self._work(self.count)
         except DsError as error:
             self.failure = error
         except BaseException as error:
@@ -102,7 +113,7 @@ class Flight:
             )
             self.failure.__cause__ = error
         finally:
-            self._work = None  # lets go of what it was made of
+            self._work = self._before = None  # lets go of what they hold
             if self.failure is not None:
                 _untold.append(self)
             self._done.set()
