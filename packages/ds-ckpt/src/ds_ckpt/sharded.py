@@ -28,7 +28,7 @@ from ds_core.interfaces.checkpoint import CheckpointEngine
 from ds_core.log import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch.distributed import ProcessGroup
 
@@ -108,8 +108,22 @@ class ShardedCheckpoint(CheckpointEngine):
         self, directory: Folder, tag: str, reports: Sequence[_Report], snapshot: Snapshot, latest: bool
     ) -> None:
         folder = directory / tag
-        stored = _joined(folder, reports, snapshot)
-        data = encode(stored)
+        files = {file.name for report in reports for file in report.files}
+        try:
+            self._write_manifest(folder, reports, snapshot)
+        except BaseException:
+            if not _is_named(folder, files):
+                # No manifest will ever name them, and the disk may be full.
+                _remove(folder, sorted(files), logging.DEBUG)
+            raise
+        directory.sync()
+        if latest:
+            directory.replace(LATEST, tag.encode())
+        # What earlier saves under this tag left, and nothing of anybody else's.
+        _remove(folder, [name for name in folder.files() if is_ours(name) and name not in files])
+
+    def _write_manifest(self, folder: Folder, reports: Sequence[_Report], snapshot: Snapshot) -> None:
+        data = encode(_joined(folder, reports, snapshot))
         if len(data) > MAX_JSON_BYTES:
             raise CheckpointError(
                 f"the manifest would have {len(data)} bytes, readers take {MAX_JSON_BYTES}",
@@ -117,11 +131,6 @@ class ShardedCheckpoint(CheckpointEngine):
                 fix="set checkpoint.sharded.chunk_bytes to a larger number",
             )
         folder.replace(MANIFEST, data)
-        directory.sync()
-        if latest:
-            directory.replace(LATEST, tag.encode())
-        # What earlier saves under this tag left, and nothing of anybody else's.
-        _remove(folder, [name for name in folder.files() if is_ours(name) and name not in stored.files])
 
 
 def written_by(rank: int, pieces: Sequence[Piece]) -> list[Piece]:
@@ -203,6 +212,17 @@ def _joined(folder: Folder, reports: Sequence[_Report], snapshot: Snapshot) -> S
         ) from error
     rank_states = tuple(report.rank_state for report in reports)
     return Stored(folder, FORMAT, str(FORMAT_VERSION), len(reports), tensors, files, snapshot.state, rank_states)
+
+
+def _is_named(folder: Folder, files: Collection[str]) -> bool:
+    """Return whether the manifest of ``folder`` may name one of ``files``: something may fail after it was replaced."""
+    try:
+        if not folder.has(MANIFEST):
+            return False
+        data = folder.read(MANIFEST, MAX_JSON_BYTES)
+    except (CheckpointError, OSError):
+        return True
+    return any(name.encode() in data for name in files)
 
 
 def _remove(folder: Folder, names: Sequence[str], level: int = logging.WARNING) -> None:

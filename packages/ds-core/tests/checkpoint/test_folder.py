@@ -75,7 +75,7 @@ def test_a_latest_that_names_no_tag_is_refused(tmp_path, content):
     (tmp_path / "whole").mkdir()
     (tmp_path / "whole" / "checkpoint.json").write_text("{}")
     (tmp_path / "latest").write_bytes(content)
-    with pytest.raises(CheckpointError, match="'latest' holds .* which is no tag") as caught:
+    with pytest.raises(CheckpointError, match=r"'latest' holds .* which is no tag") as caught:
         read_latest(tmp_path)
     assert caught.value.where == str(tmp_path)
     assert "whole" in caught.value.fix
