@@ -23,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
-    help="List, show and verify checkpoints: ours, and those that DeepSpeed wrote.",
+    help="List, show, verify and export checkpoints: ours, and those that DeepSpeed wrote.",
 )
 
 _Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that checkpoints were saved to.")]
@@ -86,6 +86,52 @@ def verify(directory: _Directory, tag: _TagName = None) -> None:
     else:
         text = f"{amount}: sizes and structure are right; {stored.format} has no checksums"
     _console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("export")
+def export_weights(
+    directory: _Directory,
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder to write to, made if missing.")],
+    tag: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--tag", help="Which; default: what `latest` names, or DIR itself if it is a checkpoint."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32, bfloat16, float16, or `stored` for what the model has.")
+    ] = "float32",
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Of a file, such as 500MB, or `none` for one file.")
+    ] = "5GB",
+    as_bin: Annotated[
+        bool, typer.Option("--bin", help="Write pytorch_model.bin in place of safetensors. Needs torch.")
+    ] = False,
+    exclude_frozen: Annotated[
+        bool, typer.Option("--exclude-frozen", help="Leave out the weights that are not trained.")
+    ] = False,
+) -> None:
+    """Write the weights of a checkpoint as transformers loads them: model.safetensors, or shards with an index."""
+    from ds_ckpt.exporting import export
+    from ds_ckpt.tables import size_in_words
+
+    with _progress() as progress:
+        task = progress.add_task("exporting", total=None)
+        done = export(
+            directory,
+            output,
+            tag,
+            None if dtype == "stored" else dtype,
+            None if max_shard_size == "none" else max_shard_size,
+            safe_serialization=not as_bin,
+            exclude_frozen_parameters=exclude_frozen,
+            progress=lambda count, total: progress.update(task, advance=count, total=total),
+        )
+    amount = f"{done.tensors} tensors, {size_in_words(done.nbytes)}"
+    if done.shared:
+        amount += f", {len(done.shared)} more name{'' if len(done.shared) == 1 else 's'} of them"
+    if done.beyond:
+        amount += f", {len(done.beyond)} with values that {dtype} cannot hold: infinite now"
+    what = done.files[0] if done.index is None else f"{len(done.files)} files and {done.index}"
+    _console().print(f"{amount}: {output}/{what}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _error(stored: Stored, damages: Sequence[Damage]) -> CheckpointError:

@@ -205,8 +205,7 @@ def test_dtypes_of_plain_are_all_known():
     from ds_ckpt.checks import ITEM_BYTES
     from ds_ckpt.formats import plain
     from ds_ckpt.writing import _WORDS
-    from ds_core.checkpoint import files
+    from ds_core.checkpoint.safetensors_format import WORDS
 
-    words = {str(dtype).removeprefix("torch."): word for dtype, word in files._DTYPES.items()}
-    assert {plain._DTYPES[word]: word for word in plain._DTYPES} == words == _WORDS
-    assert {name: getattr(torch, name).itemsize for name in words} == ITEM_BYTES
+    assert {plain._DTYPES[word]: word for word in plain._DTYPES} == WORDS == _WORDS
+    assert {name: getattr(torch, name).itemsize for name in WORDS} == ITEM_BYTES

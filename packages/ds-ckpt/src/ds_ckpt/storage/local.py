@@ -151,7 +151,7 @@ class LocalFolder(Folder):
             size = os.fstat(descriptor).st_size
             if size > limit:
                 raise damaged(f"a file of {size} bytes where at most {limit} are expected", self, name)
-            return file.read(limit)
+            return file.read(size)  # to ask for more would reserve it
 
     def sizes(self, names: Sequence[str]) -> dict[str, int]:
         found = {}
