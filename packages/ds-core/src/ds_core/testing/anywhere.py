@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-__all__ = ["PRECISIONS", "SETUPS", "WORLD_SIZES", "Case", "Place", "assumptions", "problems", "run"]
+__all__ = ["PRECISIONS", "SETUPS", "WORLD_SIZES", "Case", "Place", "assumptions", "in_world", "problems", "run"]
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
 ACCUMULATION = {1: 4, 2: 4, 3: 2, 4: 2, 8: 2}
@@ -115,7 +115,7 @@ def run(cases: Sequence[Case], folder: Path, *, timeout_s: float = 300.0) -> lis
             of_it = [index for index, pair in enumerate(places) if pair[side].world_size == world_size]
             jobs.append((job, world_size, of_it))
     functions = [
-        partial(_in_world, world_size, [partial(job, cases[index], folder / str(index)) for index in of_it])
+        partial(in_world, world_size, [partial(job, cases[index], folder / str(index)) for index in of_it])
         for job, world_size, of_it in jobs
     ]
     accounts: dict[tuple[Any, int], list[Any]] = {}
@@ -126,7 +126,7 @@ def run(cases: Sequence[Case], folder: Path, *, timeout_s: float = 300.0) -> lis
     return [problems(case, accounts[write, index], accounts[read, index]) for index, case in enumerate(cases)]
 
 
-def _in_world(world_size: int, functions: Sequence[Callable[[], Any]]) -> list[Any] | None:
+def in_world(world_size: int, functions: Sequence[Callable[[], Any]]) -> list[Any] | None:
     """Run ``functions`` on the first ``world_size`` ranks of a larger spawn, as if there were no others."""
     rank = dist.get_rank()
     # Nobody may leave the group of all while others are still being connected to it.
