@@ -27,10 +27,18 @@ def read(place: str | PathLike[str] | Folder) -> Stored:
         CheckpointError: there is none, half of one, or one that cannot be believed.
     """
     folder = folder_at(place)
-    if folder.has(MANIFEST):
-        return _read_ours(folder)
-    if is_deepspeed(folder):
-        return _read_deepspeed(folder)
+    try:
+        if folder.has(MANIFEST):
+            return _read_ours(folder)
+        if is_deepspeed(folder):
+            return _read_deepspeed(folder)
+    except MemoryError:
+        # What a manifest or pickle makes us hold is bounded by its size, which may be more than there is.
+        raise CheckpointError(
+            "what the checkpoint holds does not fit into memory",
+            where=str(folder),
+            fix="read it on a machine with more memory; if it is not a large model's, do not trust it",
+        ) from None
     others = folder.parent.complete_tags()
     raise CheckpointError(
         f"checkpoint {folder.name!r} is not complete: it has no {MANIFEST}, and is none of DeepSpeed's"
