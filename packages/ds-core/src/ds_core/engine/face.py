@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ds_core import comm
+from ds_core.checkpoint.deepspeed_interface import TorchFiles
 from ds_core.engine import state
 from ds_core.engine.config_getters import ConfigGetters
 from ds_core.engine.effects import without_effect_here
@@ -226,12 +227,12 @@ class EngineFace(ConfigGetters, nn.Module):
 
         Every key that was given and changes nothing here is listed, as ``no effect: <reason>``.
         """
-        parts = self.parts
+        parts, checkpoint = self.parts, self._config.checkpoint
         found = {
             "precision": type(parts.precision).__name__,
             "partition": type(parts.partition).__name__,
             "optimizer": "none" if self.basic_optimizer is None else type(self.basic_optimizer).__name__,
-            "checkpoint": type(parts.checkpoint).__name__,
+            "checkpoint": f"{type(parts.checkpoint).__name__}, {checkpoint.why(self._config.plugin('checkpoint'))}",
             "clipping": f"norm above {parts.clip.max_norm}" if parts.clip.max_norm > 0 else "off",
         }
         if parts.optimizer is not None:
@@ -407,6 +408,14 @@ class EngineFace(ConfigGetters, nn.Module):
         from ds_core.engine.export import consolidated
 
         return consolidated(self, exclude_frozen_parameters, "_zero3_consolidated_16bit_state_dict")
+
+    @property
+    def checkpoint_engine(self) -> TorchFiles:
+        """DeepSpeed's engine of checkpoint *files*, for scripts that save one of their own.
+
+        Its ``commit()`` waits until what :meth:`save_checkpoint` saved is durable, where that goes on in the background.
+        """
+        return TorchFiles(lambda: self.parts.checkpoint.commit())
 
     @abstractmethod
     def destroy(self) -> None: ...
