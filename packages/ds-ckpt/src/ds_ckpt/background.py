@@ -32,6 +32,7 @@ from ds_core.interfaces.checkpoint import CheckpointEngine
 from ds_core.interfaces.logical import Snapshot
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from datetime import timedelta
 
     from torch.distributed import ProcessGroup
@@ -67,16 +68,15 @@ class AsyncCheckpoint(CheckpointEngine):
         together(
             lambda: captured.append(_captured(snapshot, rank, self._memory)), f"{directory}/{tag}", self._own_group
         )
-        writing = ShardedCheckpoint(self._config, self._own_group)
         flight = Flight(
-            partial(_write, writing, directory, tag, captured[0], latest, self._own_group),
+            partial(_write, self._config, self._own_group, directory, tag, captured[0], latest),
             directory=directory,
             label=f"checkpoint {tag!r} in {directory}",
             total_bytes=sum(piece.data.nbytes for piece in captured[0].pieces),
             speaks=rank == 0,
         )
-        self._flight = flight
         flight.start()
+        self._flight = flight
 
     def open(self, directory: Directory, tag: str) -> StoredReader:
         return self._reading.open(directory, tag)
@@ -143,16 +143,17 @@ def _copy_of_json(value: Any) -> Any:
 
 
 def _write(
-    engine: ShardedCheckpoint,
+    config: AsyncConfig,
+    group: ProcessGroup | None,
     directory: Directory,
     tag: str,
     snapshot: Snapshot,
     latest: bool,
-    group: ProcessGroup | None,
+    count: Callable[[int], None],
 ) -> None:
     """Do the work of the thread."""
     try:
-        engine.save(directory, tag, snapshot, latest=latest)
+        ShardedCheckpoint(config, group, on_written=count).save(directory, tag, snapshot, latest=latest)
     except DsError:
         raise
     except Exception as error:
@@ -171,14 +172,23 @@ def _write(
 
 
 def _group_like(group: ProcessGroup) -> ProcessGroup:
-    """Return a gloo group of the same ranks and timeout. Collective."""
+    """Return a gloo group of the same ranks and timeout. Collective.
+
+    Raises:
+        CheckpointError: ``group`` is not the whole job.
+    """
     import torch.distributed as dist
 
-    ranks = dist.get_process_group_ranks(group)
-    # Only the ranks of a group that is not the whole job are here to make another.
-    local = len(ranks) < dist.get_world_size()
-    made = dist.new_group(ranks, timeout=_timeout_of(group), backend="gloo", use_local_synchronization=local)
-    return cast("ProcessGroup", made)
+    some, everyone = dist.get_world_size(group), dist.get_world_size()
+    if some < everyone:
+        # The others are not here. new_group(use_local_synchronization=True) hangs where its ranks are in different
+        # numbers of groups already: it hashes that number into the name they meet under (torch 2.13).
+        raise CheckpointError(
+            f"saving in the background needs all ranks of the job, this engine has {some} of {everyone}",
+            where="checkpoint.engine",
+            fix='set checkpoint.engine to "sharded"',
+        )
+    return cast("ProcessGroup", dist.new_group(timeout=_timeout_of(group), backend="gloo"))
 
 
 def _timeout_of(group: ProcessGroup) -> timedelta | None:

@@ -15,7 +15,7 @@ from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import Box, Chunk
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -42,8 +42,16 @@ _WORDS = {
 """torch's word of a dtype -> that of the safetensors format."""
 
 
-def write_file(folder: Folder, name: str, parts: Sequence[Part]) -> tuple[StoredFile, list[StoredChunk]]:
+def write_file(
+    folder: Folder, name: str, parts: Sequence[Part], on_written: Callable[[int], object] = lambda nbytes: None
+) -> tuple[StoredFile, list[StoredChunk]]:
     """Write ``parts`` to a new file, one at a time through host memory; the content is synced, the folder is not.
+
+    Args:
+        folder: where.
+        name: no file has it.
+        parts: what.
+        on_written: told of the bytes of each part once they are written.
 
     Returns:
         What the manifest says about the file, and about each part.
@@ -64,6 +72,7 @@ def write_file(folder: Folder, name: str, parts: Sequence[Part]) -> tuple[Stored
             chunks.append(StoredChunk(part.chunk, name, at, len(data), checksum(data)))
             write(data)
             at += len(data)
+            on_written(len(data))
             del data  # before the next one is copied
     return StoredFile(name, at, f"xxh3:{whole.hexdigest()}", (start, checksum(head))), chunks
 
