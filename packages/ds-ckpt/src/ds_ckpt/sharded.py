@@ -28,7 +28,7 @@ from ds_core.interfaces.checkpoint import CheckpointEngine
 from ds_core.log import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch.distributed import ProcessGroup
 
@@ -56,8 +56,16 @@ class ShardedCheckpoint(CheckpointEngine):
 
     Config: ClassVar[type[Section] | None] = ShardedConfig
 
-    def __init__(self, options: Section | None, group: ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        options: Section | None,
+        group: ProcessGroup | None,
+        *,
+        on_written: Callable[[int], object] = lambda nbytes: None,
+    ) -> None:
+        """``on_written``: told of every number of bytes that was written, in whatever thread."""
         super().__init__(options, group)
+        self._on_written = on_written
         self._config = cast("ShardedConfig", options) if options is not None else ShardedConfig()
 
     def save(self, directory: Directory, tag: str, snapshot: Snapshot, *, latest: bool) -> None:
@@ -87,7 +95,7 @@ class ShardedCheckpoint(CheckpointEngine):
         folder.make()
         shares = share_out(written_by(rank, snapshot.pieces), writers=len(names), chunk_bytes=self._config.chunk_bytes)
         report = _Report([], [], snapshot.rank_state)
-        for parts, (file, chunks) in zip(shares, _write_files(folder, names, shares), strict=True):
+        for parts, (file, chunks) in zip(shares, _write_files(folder, names, shares, self._on_written), strict=True):
             report.files.append(file)
             report.chunks += [(part.piece.of, chunk) for part, chunk in zip(parts, chunks, strict=True)]
         if shares:
@@ -150,7 +158,7 @@ def written_by(rank: int, pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def _write_files(
-    folder: Folder, names: Sequence[str], shares: Sequence[Sequence[Part]]
+    folder: Folder, names: Sequence[str], shares: Sequence[Sequence[Part]], on_written: Callable[[int], object]
 ) -> list[tuple[StoredFile, list[StoredChunk]]]:
     """Write the files of this rank at the same time; the first one's error is raised when all have ended."""
     from ds_ckpt.writing import write_file
@@ -160,7 +168,7 @@ def _write_files(
 
     def write(index: int) -> None:
         try:
-            found[index] = write_file(folder, names[index], shares[index])
+            found[index] = write_file(folder, names[index], shares[index], on_written)
         except BaseException as error:  # raised below, by the thread that asked for it
             failures[index] = error
 
