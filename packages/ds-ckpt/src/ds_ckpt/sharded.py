@@ -3,6 +3,7 @@
 Note: commit. Files carry the id of their save, so nothing that a manifest names is ever written over. All ranks write
 and sync; they agree that all could; rank 0 writes the manifest beside, syncs it and renames it into place, then
 ``latest``, then removes what no manifest names any more. Until the rename the previous checkpoint is what there is.
+In a store the manifest is put in place of a rename; see :mod:`ds_ckpt.storage.remote`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from ds_ckpt import formats
 from ds_ckpt.checks import ITEM_BYTES, MAX_JSON_BYTES, check_chunks
 from ds_ckpt.config import ShardedConfig
+from ds_ckpt.keeping import Keeper
 from ds_ckpt.layout import share_out
 from ds_ckpt.loading import StoredReader
 from ds_ckpt.manifest import FORMAT, FORMAT_VERSION, encode
 from ds_ckpt.storage import folder_at
 from ds_ckpt.stored import Stored, StoredChunk, StoredFile, StoredTensor
+from ds_ckpt.tags import latest_universal
 from ds_core.checkpoint.folder import LATEST, MANIFEST
 from ds_core.checkpoint.saving import agree_on_id, file_name, is_ours, place_in, together
 from ds_core.errors import CheckpointError
@@ -55,6 +58,8 @@ class ShardedCheckpoint(CheckpointEngine):
     """Writes ds-sharded: checksummed, balanced over ranks and threads, nothing pickled. Opens every format."""
 
     Config: ClassVar[type[Section] | None] = ShardedConfig
+    takes_urls: ClassVar[bool] = True
+    reads_universal = True
 
     def __init__(
         self,
@@ -67,6 +72,7 @@ class ShardedCheckpoint(CheckpointEngine):
         super().__init__(options, group)
         self._on_written = on_written
         self._config = cast("ShardedConfig", options) if options is not None else ShardedConfig()
+        self._keeper = Keeper(keep_last=self._config.keep_last, keep_every=self._config.keep_every)
 
     def save(self, directory: Directory, tag: str, snapshot: Snapshot, *, latest: bool) -> None:
         rank, world_size = place_in(self.group)
@@ -89,6 +95,9 @@ class ShardedCheckpoint(CheckpointEngine):
 
     def read_latest(self, directory: Directory) -> str:
         return folder_at(directory).read_latest()
+
+    def read_latest_universal(self, directory: Directory) -> str:
+        return latest_universal(directory)
 
     def _write_own(self, folder: Folder, names: Sequence[str], rank: int, snapshot: Snapshot) -> _Report:
         json.dumps(dict(snapshot.rank_state))  # what cannot be stored is refused before anything is written
@@ -127,8 +136,8 @@ class ShardedCheckpoint(CheckpointEngine):
         directory.sync()
         if latest:
             directory.replace(LATEST, tag.encode())
-        # What earlier saves under this tag left, and nothing of anybody else's.
-        _remove(folder, [name for name in folder.files() if is_ours(name) and name not in files])
+        _remove_leftovers(folder, keep=files)
+        self._keeper.tidy(directory, tag)
 
     def _write_manifest(self, folder: Folder, reports: Sequence[_Report], snapshot: Snapshot) -> None:
         data = encode(_joined(folder, reports, snapshot))
@@ -220,6 +229,16 @@ def _joined(folder: Folder, reports: Sequence[_Report], snapshot: Snapshot) -> S
         ) from error
     rank_states = tuple(report.rank_state for report in reports)
     return Stored(folder, FORMAT, str(FORMAT_VERSION), len(reports), tensors, files, snapshot.state, rank_states)
+
+
+def _remove_leftovers(folder: Folder, keep: Collection[str]) -> None:
+    """Remove what earlier saves under a tag left, and nothing of anybody else's; the new save is complete by now."""
+    try:
+        names = [name for name in folder.files() if is_ours(name) and name not in keep]
+    except CheckpointError as error:
+        logger.warning("files of earlier saves cannot be looked for: %s: %s", folder, error.what)
+        return
+    _remove(folder, names)
 
 
 def _is_named(folder: Folder, files: Collection[str]) -> bool:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ds_ckpt.storage import Folder
     from ds_ckpt.stored import Stored
 
-__all__ = ["Tag", "find_tags", "folder_of"]
+__all__ = ["Tag", "find_tags", "folder_of", "latest_universal"]
 
 _LATEST_UNIVERSAL = "latest_universal"
 _MAX_TAG_BYTES = 4096
@@ -83,6 +83,28 @@ def folder_of(place: str | PathLike[str] | Folder, tag: str | None) -> Folder:
     )
 
 
+def latest_universal(place: str | PathLike[str] | Folder) -> str:
+    """Return the tag that ``checkpoint.load_universal`` means: ``latest_universal``'s, else ``latest``'s if it is ours.
+
+    Ours are universal as they are: they load at any world size, stage and precision.
+
+    Raises:
+        CheckpointError: there is no such folder; or no such file, and what ``latest`` names was written by DeepSpeed.
+    """
+    directory = folder_at(place)
+    _check_folder(directory)
+    if directory.has(_LATEST_UNIVERSAL):
+        return _read_latest_universal(directory)
+    what, fix = "there is no file 'latest_universal' that names the checkpoint to load", "check the path"
+    if directory.has(LATEST):
+        tag = directory.read_latest()
+        if (directory / tag).has(MANIFEST):
+            return tag
+        what += f"; 'latest' names {tag!r}, which was not made by DeepSpeed's ds_to_universal"
+        fix = "set checkpoint.load_universal to false: it loads at any world size without being converted"
+    raise CheckpointError(what, where=str(directory), fix=fix)
+
+
 def _check_folder(directory: Folder) -> None:
     if not directory.is_there():
         is_file = directory.path is not None and directory.path.exists()
@@ -109,6 +131,8 @@ def _named_latest(directory: Folder) -> str | None:
     """Return the tag that is named as the latest; None where there is no such file."""
     if directory.has(LATEST):
         return directory.read_latest()
-    if directory.has(_LATEST_UNIVERSAL):
-        return check_tag(directory.read(_LATEST_UNIVERSAL, _MAX_TAG_BYTES).decode(errors="replace").strip())
-    return None
+    return _read_latest_universal(directory) if directory.has(_LATEST_UNIVERSAL) else None
+
+
+def _read_latest_universal(directory: Folder) -> str:
+    return check_tag(directory.read(_LATEST_UNIVERSAL, _MAX_TAG_BYTES).decode(errors="replace").strip())

@@ -174,6 +174,12 @@ def folder_at(place: str | PathLike[str] | Folder) -> Folder:
     """
     if isinstance(place, Folder):
         return place
+    from ds_core.checkpoint.folder import is_url
+
+    if isinstance(place, str) and is_url(place):
+        from ds_ckpt.storage.remote import folder_at_url
+
+        return folder_at_url(place)
     from pathlib import Path
 
     from ds_ckpt.storage.local import LocalFolder
