@@ -22,6 +22,7 @@ from ds_ckpt.formats import read
 from ds_ckpt.sharded import ShardedCheckpoint
 from ds_ckpt.storage import folder_at
 from ds_ckpt.storage.local import LocalFolder
+from ds_ckpt.storage.remote import RemoteFolder
 from ds_ckpt.tags import find_tags, folder_of
 from ds_ckpt.verify import find_damage
 from ds_core.checkpoint.plain import PlainCheckpoint
@@ -492,6 +493,26 @@ NO_FOLDERS = [
 NO_FOLDERS += ["s3://a\\b", "s3://a\0b", "file://relative/path", "file:///a/../b", "local://x"]
 
 
+def test_another_filesystem_of_fsspecs(tmp_path):
+    """Its local one, as a store: with real folders, listings of another form, and links."""
+    folder = RemoteFolder(fsspec.filesystem("file"), f"{tmp_path}/run", "other://run")
+    for version in (1, 2):
+        ENGINE.save(folder, "tag", snapshot(version), latest=True)
+        check_content(ENGINE, folder, "tag", version, parts=3)
+    assert (folder.complete_tags(), folder.read_latest(), folder.files()) == (["tag"], "tag", ["latest"])
+    assert sorted(os.listdir(tmp_path / "run" / "tag")) == sorted(["checkpoint.json", *read(folder / "tag").files])  # noqa: PTH208
+    path = tmp_path / "run" / "tag" / next(iter(read(folder / "tag").files))
+    path.rename(tmp_path / "outside")
+    path.symlink_to(tmp_path / "outside")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        read(folder / "tag")
+    for name in (folder / "tag").files():
+        (folder / "tag").remove(name)
+    (folder / "tag").drop()
+    assert folder.folders() == []
+    assert (tmp_path / "outside").exists()
+
+
 @pytest.mark.parametrize("url", NO_FOLDERS)
 def test_a_url_that_names_no_folder_is_refused(url):
     with pytest.raises(CheckpointError, match="cannot name a folder"):
@@ -511,7 +532,9 @@ def test_what_is_missing_for_a_url_is_named(monkeypatch):
     with pytest.raises(CheckpointError, match="not installed") as caught:
         folder_at("nostore://bucket/run")
     assert caught.value.fix == "pip install nostorefs"
-    monkeypatch.setitem(known_implementations, "nossh", {"class": "fsspec.implementations.nothing.Store"})
+    monkeypatch.setitem(
+        known_implementations, "nossh", {"class": "fsspec.implementations.nothing.Store", "err": "no ssh"}
+    )
     with pytest.raises(CheckpointError, match="not installed") as caught:
         folder_at("nossh://host/run")
     assert caught.value.fix == 'pip install "fsspec[nossh]"'
