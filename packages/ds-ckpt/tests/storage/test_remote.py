@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import fsspec
 import pytest
@@ -29,6 +30,7 @@ from ds_core.checkpoint.plain import PlainCheckpoint
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import Chunk, LogicalTensor, Piece, Snapshot
 from ds_core.testing.checkpoint import check_content, snapshot
+from ds_core.testing.ranks import run_ranks
 
 URL = "memory://bucket/run"
 ENGINE = ShardedCheckpoint(ShardedConfig(writers=3, chunk_bytes=64), None)
@@ -479,6 +481,26 @@ def test_folders_of_a_store_that_has_such_are_made_and_removed(monkeypatch):
     assert folder.is_there()
     folder.drop()
     assert not folder.is_there()
+
+
+def save_on_rank(path: str) -> None:
+    import torch.distributed as dist
+
+    engine = ShardedCheckpoint(ShardedConfig(writers=2, chunk_bytes=256), dist.group.WORLD)
+    folder = RemoteFolder(fsspec.filesystem("file"), path, "other://run")
+    for version in (1, 2):
+        given = snapshot(version, parts=3, rank=dist.get_rank(), world_size=2)
+        engine.save(folder, "tag", given, latest=True)
+    check_content(engine, folder, "tag", 2, parts=2)
+
+
+def test_ranks_put_their_own_objects(tmp_path):
+    run_ranks([partial(save_on_rank, f"{tmp_path}/run")], 2)
+    folder = RemoteFolder(fsspec.filesystem("file"), f"{tmp_path}/run", "other://run")
+    check_content(ENGINE, folder, "tag", 2, parts=5)
+    files = read(folder / "tag").files
+    assert {name[:10] for name in files} == {"rank_00000", "rank_00001"}
+    assert (folder / "tag").files() == sorted(["checkpoint.json", *files])
 
 
 NO_FOLDERS = [
