@@ -22,7 +22,9 @@ def field(value) -> Field:
     return Field(value, "tensors[3]", Path("/folder"), "checkpoint.json")
 
 
-@pytest.mark.parametrize("data", [b"[" * 10**6, b'{"a":' * 10**6, b"{", b"", b"\xff", b"1" * 10**5, b'"\x00"'])
+@pytest.mark.parametrize(
+    "data", [b"[" * 10**6, b'{"a":' * 10**6, b"{", b"", b"\xff", b"1" * 10**5, b'"\x00"', "{}".encode("utf-16")]
+)
 def test_what_is_not_json_is_refused(data, tmp_path):
     with pytest.raises(CheckpointError, match="is not JSON"):
         parse_json(data, tmp_path, "file")

@@ -104,7 +104,7 @@ def parse_json(data: bytes, folder: Folder | Path, file: str, part: str = "") ->
     """
     what = f"{part or 'the file'} is not JSON"
     try:
-        return json.loads(data)
+        return json.loads(data.decode())  # of bytes it would take UTF-16 and UTF-32, too
     except RecursionError:
         raise damaged(f"{what} that can be read: it is nested too deeply", folder, file) from None
     except ValueError as error:
