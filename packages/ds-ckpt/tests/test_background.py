@@ -247,11 +247,18 @@ def _the_group_goes_without_waiting(directory):
     """As a script does that calls torch: a gloo group goes on for as long as somebody holds it."""
     import torch.distributed as dist
 
+    gate, save = threading.Event(), ShardedCheckpoint.save
+
+    def save_later(*args, **options):
+        assert gate.wait(60)
+        save(*args, **options)
+
     with pytest.MonkeyPatch.context() as patch:
-        Gate(patch)
+        patch.setattr(ShardedCheckpoint, "save", save_later)
         engine = _engine()
         engine.save(Path(directory), "early", _given(1), latest=True)
         dist.destroy_process_group()
+        gate.set()
         engine.commit()
         engine.close()
     check_content(AsyncCheckpoint(None, None), Path(directory), "early", 1)

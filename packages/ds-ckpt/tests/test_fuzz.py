@@ -6,6 +6,8 @@ Not reading outside the folder, not writing, importing or running anything, not 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -14,10 +16,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
+import ds_ckpt
 from ds_ckpt.config import ShardedConfig
 from ds_ckpt.sharded import ShardedCheckpoint
 from ds_core.checkpoint.plain import PlainCheckpoint
+from ds_core.errors import CheckpointError
 from ds_core.testing.checkpoint import snapshot
 
 HERE = Path(__file__).parent
@@ -60,3 +66,31 @@ def test_what_is_hostile_is_refused_and_nothing_else_happens(target, reasons, ba
     assert len(outcomes) >= reasons, outcomes
     if target != "large":
         assert outcomes.get("read", 0) + outcomes.get("damaged", 0) > 0, outcomes
+
+
+WORDS = st.sampled_from(
+    ["tensor", "float", "dict", "tuple", "Counter", "OrderedDict", "nn", "float32", "load", "", "AAAA"]
+)
+LEAVES = st.none() | st.booleans() | WORDS | st.sampled_from([0, -1, 1.5, 10**12, 10**400, float("nan")])
+TAGGED = st.fixed_dictionaries({"$ds": WORDS}, optional={"dtype": WORDS, "shape": st.lists(LEAVES), "value": LEAVES})
+STATES = st.recursive(
+    LEAVES | TAGGED,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+        | st.fixed_dictionaries({"$ds": WORDS, "value": st.lists(st.lists(inner, min_size=2, max_size=2), max_size=3)})
+    ),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, derandomize=FACTOR == 1, max_examples=200 * FACTOR)
+@given(STATES)
+@example({"$ds": "float", "value": 10**400})
+@example({"$ds": "tensor", "dtype": "float32", "shape": [10**12, 10**12], "value": ""})
+@example({"$ds": "tensor", "dtype": "nn", "shape": [], "value": "AAAA"})
+def test_a_hostile_state_is_read_or_refused(base, state):
+    with ds_ckpt.open(base / "sharded") as checkpoint:
+        hostile = ds_ckpt.Checkpoint(dataclasses.replace(checkpoint.stored, state={"client_state": state}))
+        with contextlib.suppress(CheckpointError):
+            assert hostile.state.keys() == {"client_state"}

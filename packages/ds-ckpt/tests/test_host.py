@@ -10,6 +10,7 @@ import torch
 
 from ds_ckpt import host
 from ds_ckpt.host import HostMemory
+from ds_core import log
 from ds_core.interfaces.logical import Chunk, LogicalTensor, Piece
 from ds_core.testing.memory import LiveStorage
 
@@ -112,6 +113,7 @@ def test_pinned_memory_is_exactly_as_large_and_is_let_go(driver):
 
 
 def test_memory_that_cannot_be_pinned_is_used_as_it_is(driver, monkeypatch, caplog):
+    log.reset()  # an engine of another test may have given the logger a handler of its own
     monkeypatch.setattr(torch.cuda.cudart(), "cudaHostRegister", lambda *args: 2)
     buffer = HostMemory()._of(1000, pinned=True)
     assert buffer.nbytes == 1000

@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from ds_ckpt.diff import Difference, StateDifference, TensorDifference
-from ds_ckpt.formats.deepspeed.values import ITEM_BYTES
 from ds_ckpt.storage import folder_at
 from ds_ckpt.stored import Stored, StoredChunk, StoredTensor
 from ds_ckpt.tables import difference_tables, module_table, summary
+from ds_core.checkpoint.safetensors_format import ITEM_BYTES
 from ds_core.interfaces.logical import Chunk, LogicalTensor
 
 

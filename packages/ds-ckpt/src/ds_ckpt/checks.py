@@ -13,6 +13,7 @@ import reprlib
 from typing import TYPE_CHECKING, Any
 
 from ds_ckpt.storage import folder_at
+from ds_core.checkpoint import safetensors_format
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import Box, Chunk
 
@@ -34,20 +35,7 @@ __all__ = [
     "short",
 ]
 
-ITEM_BYTES = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint8": 1,
-    "bool": 1,
-}
+ITEM_BYTES = {dtype: safetensors_format.ITEM_BYTES[dtype] for dtype in safetensors_format.WORDS}
 """torch's word of a dtype -> bytes of an element: what a checkpoint may hold."""
 MAX_JSON_BYTES = 2**28
 """A larger manifest or header is refused: parsed, JSON takes several times its size."""

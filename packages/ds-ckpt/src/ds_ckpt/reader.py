@@ -117,7 +117,8 @@ class Checkpoint:
         if self._decoded is None:
             try:
                 self._decoded = cast("Mapping[str, Any]", decode(dict(self.stored.state)))
-            except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+            except Exception as error:
+                # Whatever a value that is not what it says makes of numbers, dtypes and shapes.
                 raise damaged(
                     f"the state cannot be read: {type(error).__name__}: {error}", self.stored.folder
                 ) from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from ds_ckpt.formats.deepspeed.values import ITEM_BYTES
+from ds_core.checkpoint.safetensors_format import ITEM_BYTES
 from ds_core.interfaces.logical import BUFFER, GRADIENT, MASTER, WEIGHT
 
 if TYPE_CHECKING:

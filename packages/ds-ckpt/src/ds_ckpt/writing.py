@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +9,8 @@ import xxhash
 
 from ds_ckpt.manifest import checksum
 from ds_ckpt.stored import StoredChunk, StoredFile
+from ds_core.checkpoint.safetensors_format import Entry, header
 from ds_core.checkpoint.saving import chunk_key
-from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import Box, Chunk
 
 if TYPE_CHECKING:
@@ -24,22 +23,6 @@ if TYPE_CHECKING:
     from ds_core.interfaces.logical import Piece
 
 __all__ = ["bytes_of", "write_file"]
-
-_WORDS = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
-"""torch's word of a dtype -> that of the safetensors format."""
 
 
 def write_file(
@@ -60,12 +43,12 @@ def write_file(
         OSError: with the file's name.
         CheckpointError: two parts of one name.
     """
-    head, start = _header(f"{folder}/{name}", parts)
+    head = header([_entry(part) for part in parts], {"format": "pt"}, f"{folder}/{name}")
     whole = xxhash.xxh3_128(head)
     chunks: list[StoredChunk] = []
     with folder.create(name) as write:
         write(memoryview(head))
-        at = start
+        at = len(head)
         for part in parts:
             data = bytes_of(part.piece, part.chunk)
             whole.update(data)
@@ -74,28 +57,13 @@ def write_file(
             at += len(data)
             on_written(len(data))
             del data  # before the next one is copied
-    return StoredFile(name, at, f"xxh3:{whole.hexdigest()}", (start, checksum(head))), chunks
+    return StoredFile(name, at, f"xxh3:{whole.hexdigest()}", (len(head), checksum(head))), chunks
 
 
-def _header(path: str, parts: Sequence[Part]) -> tuple[bytes, int]:
-    """Return what comes before the first chunk, and its size."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for part in parts:
-        key = chunk_key(part.piece.of, part.chunk)
-        if key in header:
-            raise CheckpointError(f"two chunks of one file are called {key!r}", where=path, fix="rename one")
-        # A box has its shape; an interval of one is flat.
-        shape = part.chunk.box.size if part.chunk.is_whole_box else (part.chunk.length,)
-        header[key] = {
-            "dtype": _WORDS[part.piece.of.dtype],
-            "shape": shape,
-            "data_offsets": [at, at + part.nbytes],
-        }
-        at += part.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, so that readers can map them
-    return len(text).to_bytes(8, "little") + text, 8 + len(text)
+def _entry(part: Part) -> Entry:
+    # A box has its shape; an interval of one is flat.
+    shape = part.chunk.box.size if part.chunk.is_whole_box else (part.chunk.length,)
+    return Entry(chunk_key(part.piece.of, part.chunk), part.piece.of.dtype, shape)
 
 
 def bytes_of(piece: Piece, chunk: Chunk) -> memoryview:

@@ -8,6 +8,7 @@ from ds_ckpt.checks import ITEM_BYTES, MAX_JSON_BYTES, Field, check_chunks, dama
 from ds_ckpt.storage import folder_at
 from ds_ckpt.stored import Stored, StoredChunk, StoredFile, StoredTensor
 from ds_core.checkpoint.folder import MANIFEST
+from ds_core.checkpoint.safetensors_format import WORDS
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import LogicalTensor
 
@@ -24,20 +25,7 @@ FORMAT = "ds-plain"
 FORMAT_VERSION = 1
 _MAX_HEADER_BYTES = 10**8
 """The limit of safetensors itself."""
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
+_DTYPES = {word: dtype for dtype, word in WORDS.items()}
 """Word of the safetensors format -> torch's."""
 
 

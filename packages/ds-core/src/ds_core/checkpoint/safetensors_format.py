@@ -80,7 +80,7 @@ class Entry:
         return math.prod(self.shape) * self.item_bytes
 
 
-def header(entries: Sequence[Entry], metadata: Mapping[str, str], path: Path) -> bytes:
+def header(entries: Sequence[Entry], metadata: Mapping[str, str], path: object) -> bytes:
     """Return all that comes before the first tensor, which starts at a multiple of 8.
 
     Args:
