@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ds_core
+from ds_ckpt import keeping
 from ds_ckpt.config import ShardedConfig
 from ds_ckpt.keeping import Complete, to_remove
 from ds_ckpt.sharded import ShardedCheckpoint
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 OF = LogicalTensor("w", "weight", (4,), "float32")
 
 
-def save(directory: Path, step: int, *, tag: str | None = None, latest: bool = True, **options: int) -> None:
+def save(directory: Path | str, step: int, *, tag: str | None = None, latest: bool = True, **options: int) -> None:
     given_ = Snapshot([Piece(OF, Chunk.whole((4,)), torch.full((4,), float(step)))], {"global_steps": step}, {})
     engine = ShardedCheckpoint(ShardedConfig(**options), None)
     engine.save(directory, tag or f"step{step}", given_, latest=latest)
@@ -192,6 +193,23 @@ def test_latest_that_cannot_be_read_removes_nothing(tmp_path, caplog):
     save(tmp_path, 3, latest=False, keep_last=1)
     assert tags(tmp_path) == ["step1", "step2", "step3"]
     assert "cannot be looked through" in caplog.text
+
+
+def test_a_store_is_kept_in_order_too(monkeypatch):
+    fs = pytest.importorskip("fsspec").filesystem("memory")
+    url = "memory://keeping"
+    try:
+        for step in (1, 2, 3, 4):
+            save(url, step, keep_last=1, keep_every=3)
+        assert [tag.name for tag in find_tags(url)] == ["step3", "step4"]
+        fs.rm("/keeping/step3/checkpoint.json")  # as a removal that was killed
+        save(url, 5)
+        assert {tag.name for tag in find_tags(url) if tag.problem} == {"step3"}
+        monkeypatch.setattr(keeping, "LEFTOVER_AGE_S", -3600)
+        save(url, 6)
+        assert [tag.name for tag in find_tags(url)] == ["step4", "step5", "step6"]
+    finally:
+        fs.rm("/keeping", recursive=True)
 
 
 def test_it_is_set_in_the_configuration(tmp_path):

@@ -133,8 +133,10 @@ def _sweep(directory: Folder, written: str) -> None:
         names = folder.files()
         if not names or folder.folders() or not all(map(_is_named_like_ours, names)):
             continue
-        ages = [folder.changed_ns(name) for name in (*names, None)]
-        if all(age is not None and now_ns - age > LEFTOVER_AGE_S * 10**9 for age in ages):
+        changed = [folder.changed_ns(name) for name in names]
+        # A store's folders have no time of their own.
+        changed += [at for at in [folder.changed_ns()] if at is not None]
+        if all(at is not None and now_ns - at > LEFTOVER_AGE_S * 10**9 for at in changed):
             _remove(folder, "what a crash left")
 
 
