@@ -59,11 +59,9 @@ def chunk_key(of: LogicalTensor, chunk: Chunk) -> str:
 
 def place_in(group: ProcessGroup | None) -> tuple[int, int]:
     """Return (rank, world size) in ``group``; None is one process alone."""
-    if group is None:
-        return 0, 1
-    import torch.distributed as dist
-
-    return dist.get_rank(group), dist.get_world_size(group)
+    # Asked of the group itself: torch.distributed.get_rank(group) needs the default group, which a script may have
+    # destroyed while a save in the background goes on over a group of its own.
+    return (0, 1) if group is None else (group.rank(), group.size())
 
 
 def agree_on_id(group: ProcessGroup | None) -> str:

@@ -200,7 +200,7 @@ class DeepSpeedEngine(EngineFace):
         raises. Masters are let go: save a checkpoint before, where their digits are needed.
 
         Raises:
-            CheckpointError: a save in the background failed, and nobody was told yet. Everything is let go all the same.
+            CheckpointError: a save in the background failed, and nobody was told. Everything is let go all the same.
         """
         if self.is_destroyed:
             return

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointEngine", "CheckpointReader", "Directory"]
 
 
-
 class CheckpointReader(ABC):
     """One stored checkpoint, opened for reading. Needs no process group."""
 
@@ -133,6 +132,7 @@ class CheckpointEngine(ABC):
         Raises:
             CheckpointError: on every rank: a save in the background failed. It is told once.
         """
+        return
 
     def close(self) -> None:
         """End what runs in the background, having waited for it as :meth:`commit` does; from ``engine.destroy()``.

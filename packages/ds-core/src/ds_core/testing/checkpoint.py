@@ -298,8 +298,7 @@ class CheckpointEngineContract:
         """Where the failing one did not tell itself. The next one was not begun then."""
         (tmp_path / "blocked").write_text("a file where the folder should be")
         with pytest.raises(CheckpointError, match="blocked"):
-            for tag in ("blocked", "tag"):
-                engine.save(tmp_path, tag, snapshot(1), latest=True)
+            _save_two(engine, tmp_path, "blocked", "tag")
         engine.commit()
         assert not (tmp_path / "tag").exists()
         save_and_commit(engine, tmp_path, "tag", snapshot(2))
@@ -365,6 +364,11 @@ class CheckpointEngineContract:
         assert errors[1] == "Signal: SIGKILL"
         assert 0 in errors
         check_content(engine, tmp_path, "tag", 1)
+
+
+def _save_two(engine: CheckpointEngine, directory: Path, first: str, second: str) -> None:
+    for tag in (first, second):
+        engine.save(directory, tag, snapshot(1), latest=True)
 
 
 def _empty(of: LogicalTensor) -> Piece:
