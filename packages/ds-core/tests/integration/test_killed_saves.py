@@ -22,6 +22,7 @@ CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
     "optimizer": {"type": "AdamW", "params": {"lr": 0.05}},
     "log_level": "error",
+    "checkpoint": {"engine": "plain"},
 }
 
 
