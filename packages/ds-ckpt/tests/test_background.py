@@ -120,6 +120,14 @@ def test_extra_memory_is_one_copy_of_what_is_written_here(tmp_path):
     assert engine._memory.nbytes == 0
 
 
+def test_a_store_is_written_in_the_background_too(gate):
+    engine, url = AsyncCheckpoint(None, None), "memory://test_background/run"
+    engine.save(url, "tag", snapshot(1), latest=True)
+    assert gate.seen == []
+    engine.commit()
+    check_content(engine, url, engine.read_latest(url), 1)
+
+
 def test_a_bad_state_is_refused_at_once(tmp_path):
     engine = AsyncCheckpoint(None, None)
     with pytest.raises(CheckpointError, match="not JSON serializable"):

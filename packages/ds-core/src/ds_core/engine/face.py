@@ -413,7 +413,7 @@ class EngineFace(ConfigGetters, nn.Module):
     def checkpoint_engine(self) -> TorchFiles:
         """DeepSpeed's engine of checkpoint *files*, for scripts that save one of their own.
 
-        Its ``commit()`` waits until what :meth:`save_checkpoint` saved is durable, where that is done in the background.
+        Its ``commit()`` waits until what :meth:`save_checkpoint` saved is durable, also where a thread still writes it.
         """
         return TorchFiles(lambda: self.parts.checkpoint.commit())
 
