@@ -21,9 +21,8 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from ds_ckpt.checks import Field, check_chunks, damaged, parse_json
+from ds_ckpt.checksums import checksum
 from ds_ckpt.storage import folder_at
 from ds_ckpt.stored import Stored, StoredChunk, StoredFile, StoredTensor
 from ds_core.checkpoint.folder import MANIFEST
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from ds_ckpt.storage import Folder
     from ds_ckpt.stored import Key
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "checksum", "decode", "encode"]
+__all__ = ["FORMAT", "FORMAT_VERSION", "decode", "encode"]
 
 FORMAT = "ds-sharded"
 FORMAT_VERSION = 1
@@ -45,15 +44,6 @@ _CHECKSUM = re.compile(r"xxh3:[0-9a-f]{32}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _MAX_HEADER_BYTES = 10**8
 """The limit of safetensors itself."""
-
-
-def checksum(data: Any) -> str:
-    """Return the checksum of a buffer, in the form of the manifest.
-
-    >>> checksum(b"")
-    'xxh3:99aa06d3014798d86001c324468d497f'
-    """
-    return f"xxh3:{xxhash.xxh3_128_hexdigest(data)}"
 
 
 def encode(stored: Stored) -> bytes:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import xxhash
-
-from ds_ckpt.manifest import checksum
+from ds_ckpt.checksums import Checksum, checksum
 from ds_ckpt.ranges import label
 from ds_core.errors import CheckpointError
 
@@ -50,11 +48,11 @@ def find_damage(stored: Stored, progress: Callable[[int], None]) -> Iterator[Dam
 
 
 def _checksum_of(stored: Stored, file: StoredFile, progress: Callable[[int], None]) -> str:
-    whole = xxhash.xxh3_128()
+    whole = Checksum()
     for block in stored.folder.open(file.name).blocks():
         whole.update(block)
         progress(len(block))
-    return f"xxh3:{whole.hexdigest()}"
+    return str(whole)
 
 
 def _place(stored: Stored, file: StoredFile) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import xxhash
 
-from ds_ckpt.manifest import checksum
+from ds_ckpt.checksums import BLOCK_BYTES, Checksum, checksum
 from ds_ckpt.stored import StoredChunk, StoredFile
 from ds_core.checkpoint.safetensors_format import Entry, header
 from ds_core.checkpoint.saving import chunk_key
@@ -44,20 +43,24 @@ def write_file(
         CheckpointError: two parts of one name.
     """
     head = header([_entry(part) for part in parts], {"format": "pt"}, f"{folder}/{name}")
-    whole = xxhash.xxh3_128(head)
+    whole = Checksum()
+    whole.update(head)
     chunks: list[StoredChunk] = []
     with folder.create(name) as write:
         write(memoryview(head))
         at = len(head)
         for part in parts:
-            data = bytes_of(part.piece, part.chunk)
-            whole.update(data)
-            chunks.append(StoredChunk(part.chunk, name, at, len(data), checksum(data)))
-            write(data)
+            data, of_part = bytes_of(part.piece, part.chunk), Checksum()
+            for low in range(0, len(data), BLOCK_BYTES):
+                block = data[low : low + BLOCK_BYTES]
+                write(block)
+                whole.update(block)
+                of_part.update(block)
+            chunks.append(StoredChunk(part.chunk, name, at, len(data), str(of_part)))
             at += len(data)
             on_written(len(data))
             del data  # before the next one is copied
-    return StoredFile(name, at, f"xxh3:{whole.hexdigest()}", (len(head), checksum(head))), chunks
+    return StoredFile(name, at, str(whole), (len(head), checksum(head))), chunks
 
 
 def _entry(part: Part) -> Entry:

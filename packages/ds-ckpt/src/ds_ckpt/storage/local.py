@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ds_ckpt.checks import check_name, damaged
+from ds_ckpt.checksums import BLOCK_BYTES
 from ds_ckpt.storage import File, Folder
 from ds_core.checkpoint.atomic import sync_folder, written_beside
 from ds_core.checkpoint.folder import complete_tags, read_latest
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = ["LocalFolder", "open_inside"]
-
-_BLOCK_BYTES = 2**20
-"""Of a file that is read through: so much stays in a core's own cache until its checksum is taken."""
 
 
 def open_inside(folder: Path, name: str) -> int:
@@ -86,7 +84,7 @@ class _LocalFile(File):
         return memoryview(self._mapped)[offset : offset + nbytes]
 
     def blocks(self) -> Iterator[memoryview]:
-        buffer, at = memoryview(bytearray(_BLOCK_BYTES)), 0
+        buffer, at = memoryview(bytearray(BLOCK_BYTES)), 0
         while count := os.preadv(self._descriptor, [buffer], at):
             at += count
             yield buffer[:count]
