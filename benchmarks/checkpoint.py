@@ -71,7 +71,6 @@ def sharded(case: Case) -> CheckpointEngine:
 
 def in_background(case: Case) -> CheckpointEngine:
     from ds_ckpt.background import AsyncCheckpoint
-
     from ds_ckpt.config import AsyncConfig
 
     return AsyncCheckpoint(AsyncConfig(**dict(case.options)), _group())

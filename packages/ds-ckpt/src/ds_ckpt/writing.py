@@ -50,17 +50,22 @@ def write_file(
         write(memoryview(head))
         at = len(head)
         for part in parts:
-            data, of_part = bytes_of(part.piece, part.chunk), Checksum()
-            for low in range(0, len(data), BLOCK_BYTES):
-                block = data[low : low + BLOCK_BYTES]
-                write(block)
-                whole.update(block)
-                of_part.update(block)
-            chunks.append(StoredChunk(part.chunk, name, at, len(data), str(of_part)))
-            at += len(data)
-            on_written(len(data))
-            del data  # before the next one is copied
+            nbytes, of_part = _write_part(part, write, whole)
+            chunks.append(StoredChunk(part.chunk, name, at, nbytes, str(of_part)))
+            at += nbytes
+            on_written(nbytes)
     return StoredFile(name, at, str(whole), (len(head), checksum(head))), chunks
+
+
+def _write_part(part: Part, write: Callable[[memoryview], object], whole: Checksum) -> tuple[int, Checksum]:
+    """Write one part and return its size and checksum; a copy that it needed is let go of."""
+    data, of_part = bytes_of(part.piece, part.chunk), Checksum()
+    for low in range(0, len(data), BLOCK_BYTES):
+        block = data[low : low + BLOCK_BYTES]
+        write(block)
+        whole.update(block)
+        of_part.update(block)
+    return len(data), of_part
 
 
 def _entry(part: Part) -> Entry:
