@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -254,6 +255,7 @@ def test_two_tensors_of_the_same_bytes(tmp_path):
 
 
 def test_files_are_closed(tmp_path):
+    gc.collect()  # what another test has left open is not closed in between
     folder = save(tmp_path, chunk_bytes=48)
     before = len(list(Path("/proc/self/fd").iterdir()))
     reader = StoredReader(read(folder))
