@@ -538,12 +538,12 @@ def test_stage_0_counts_the_memory_of_low_precision(tmp_path: Path) -> None:
 
 def test_checkpoints_are_saved_loaded_and_verified(tmp_path: Path) -> None:
     document = results_of("checkpoint.py", tmp_path, "--only", "save", "load", "verify", "--ranks", "1")
-    assert {row["name"].partition(",")[0]: row["bar"]["limit"] for row in document["rows"]} == {
+    assert {row["name"].partition(",")[0]: row["bar"] and row["bar"]["limit"] for row in document["rows"]} == {
         "save vs one file": 1.15,
         "save vs torch.save": 1.0,
         "save vs DCP": 1.0,
         "load vs torch.load": 1.0,
-        "open().tensor() vs torch.load": 1.0,
+        "open().tensor() vs torch.load": None,
         "verify vs reading": pytest.approx(1 / 0.7),
     }
 

@@ -139,7 +139,8 @@ VALUES: dict[str, Any] = {
     "optimizer.params": {"lr": 0.5},
     "scheduler.params": {"warmup_num_steps": 3},
     "scheduler.type": "WarmupLR",
-    "checkpoint.engine": "sharded",
+    "checkpoint.engine": "plain",
+    "checkpoint.writer.type": "PYTHON",
     "checkpoint.tag_validation": "Fail",
     "partition.replicated.bucket_bytes": 1,
     "precision.type": "fp16",
@@ -520,14 +521,26 @@ def refusals(config: dict[str, Any]) -> Any:
 
 
 def stored_by(config: dict[str, Any]) -> str:
-    """The engine that stores checkpoints; another one where ds-ckpt is installed, else the word is refused."""
-    return type(start(config).parts.checkpoint).__name__
+    """The engine that stores checkpoints, and why; without ds-ckpt every word but ``plain`` is refused."""
+    report: dict[str, str] = start(config).report()
+    return report["checkpoint"]
+
+
+def loaded(config: dict[str, Any]) -> str:
+    """Which checkpoint is loaded where DeepSpeed's converter left the name of one."""
+    engine = start(config)
+    for tag in ("converted", "newest"):
+        engine.save_checkpoint("saved", tag=tag)
+    Path("saved/latest_universal").write_text("converted")
+    path: str = engine.load_checkpoint("saved")[0]
+    return path
 
 
 EFFECTIVE: dict[str, Callable[[dict[str, Any]], Any]] = {
     **dict.fromkeys((*BATCH, "dataloader_drop_last"), batches),
     "gradient_clipping": weights,
-    "checkpoint.engine": stored_by,
+    **dict.fromkeys(("checkpoint.engine", "checkpoint.writer.decoupled"), stored_by),
+    "checkpoint.load_universal": loaded,
     "steps_per_print": lines,
     "log_level": log_level,
     "vocabulary_size": vocabulary,

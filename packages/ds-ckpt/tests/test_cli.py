@@ -174,3 +174,45 @@ def test_verify_of_a_missing_or_cut_file(directory):
 )
 def test_sizes_in_words(nbytes, words):
     assert size_in_words(nbytes) == words
+
+
+def test_diff_of_equal_ones(directory):
+    done = ds_ckpt("diff", f"{directory}:step12", directory, "--tag-b", "plain", "--no-state")
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"A  ds-sharded 1, step 12, 1 rank: {directory / 'step12'}"
+    assert lines[1].startswith("B  ds-plain 1")
+    assert lines[-1].startswith("equal: 19 tensors, ")
+    same = ds_ckpt("diff", directory, directory / "step12")
+    assert same.returncode == 0
+    assert "by checksum" in same.stdout
+    assert "by checksum" not in ds_ckpt("diff", directory, directory, "--read").stdout
+
+
+def test_diff_of_different_ones(directory):
+    changed = pieces()
+    changed[0].data[3, 7] += 0.5
+    state = {"global_steps": 13, "global_samples": 96, "precision": "Bf16", "stage": 0}
+    ShardedCheckpoint(None, None).save(directory, "step13", Snapshot(changed[:-1], state, {}), latest=False)
+    done = ds_ckpt("diff", directory, f"{directory}:step13")
+    assert (done.returncode, done.stderr.strip()) == (1, "")
+    assert all(len(line) <= 80 for line in done.stdout.splitlines()[2:])
+    text = " ".join(done.stdout.split())
+    for expected in ("1 of 3.1K 0.5 0.33", "freqs buffer only in A", "global_steps 12 13"):
+        assert expected in text
+    assert "1 of 18 tensors" in text
+    assert "1 tensor in one alone; 1 key of the state" in text
+    kept = ds_ckpt("diff", directory, f"{directory}:step13", "--tolerance", "0.5", "--no-state")
+    assert "0 of 18 tensors" in kept.stdout
+
+
+def test_diff_of_what_cannot_be_compared(directory):
+    done = ds_ckpt("diff", directory, directory / "nowhere")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("there is no such folder\n")
+    tensor = read(directory / "step12").tensors["freqs", "buffer", None]
+    flip(directory / "step12" / tensor.chunks[0].file, tensor.chunks[0].offset)
+    done = ds_ckpt("diff", f"{directory}:plain", directory)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "buffer 'freqs' is damaged" in done.stderr
+    assert "Traceback" not in done.stderr

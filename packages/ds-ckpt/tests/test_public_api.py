@@ -6,8 +6,16 @@ import importlib.metadata as metadata
 
 import ds_ckpt
 
-PUBLIC = ["Checkpoint", "open"]
+PUBLIC = [
+    "Checkpoint",
+    "convert_zero_checkpoint_to_fp32_state_dict",
+    "export",
+    "get_fp32_state_dict_from_zero_checkpoint",
+    "load_state_dict_from_zero_checkpoint",
+    "open",
+]
 ENTRY_POINTS = {
+    ("ds_core.checkpoint", "async", "ds_ckpt.background:AsyncCheckpoint"),
     ("ds_core.checkpoint", "sharded", "ds_ckpt.sharded:ShardedCheckpoint"),
     ("ds_core.cli", "ckpt", "ds_ckpt.cli:app"),
 }

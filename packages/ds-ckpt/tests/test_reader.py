@@ -221,7 +221,7 @@ def test_wrong_paths(tmp_path):
 
 def test_the_latest_universal_folder_is_found(tmp_path):
     (tmp_path / "latest_universal").write_text("step_universal\n")
-    assert folder_of(tmp_path, None) == tmp_path / "step_universal"
+    assert folder_of(tmp_path, None).path == tmp_path / "step_universal"
 
 
 def test_tags_are_listed_with_what_is_wrong(tmp_path):

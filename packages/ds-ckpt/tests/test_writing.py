@@ -14,6 +14,7 @@ from ds_ckpt.config import ShardedConfig
 from ds_ckpt.formats import read
 from ds_ckpt.layout import share_out
 from ds_ckpt.sharded import ShardedCheckpoint
+from ds_ckpt.storage import folder_at
 from ds_ckpt.writing import bytes_of, write_file
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import Box, Chunk, LogicalTensor, Piece, Snapshot
@@ -74,7 +75,7 @@ def test_no_file_is_ever_written_over(tmp_path):
     (tmp_path / "x.safetensors").write_text("somebody's")
     [parts] = share_out(snapshot(1).pieces, writers=1, chunk_bytes=10**6)
     with pytest.raises(OSError, match="exists"):
-        write_file(tmp_path / "x.safetensors", parts)
+        write_file(folder_at(tmp_path), "x.safetensors", parts)
     assert (tmp_path / "x.safetensors").read_text() == "somebody's"
 
 

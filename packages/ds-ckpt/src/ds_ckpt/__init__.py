@@ -12,19 +12,35 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ds_ckpt.exporting import export
     from ds_ckpt.reader import Checkpoint, open
+    from ds_ckpt.zero_to_fp32 import (
+        convert_zero_checkpoint_to_fp32_state_dict,
+        get_fp32_state_dict_from_zero_checkpoint,
+        load_state_dict_from_zero_checkpoint,
+    )
 
 __version__ = "0.1.0"
 
-__all__ = ["Checkpoint", "open"]
+__all__ = [
+    "Checkpoint",
+    "convert_zero_checkpoint_to_fp32_state_dict",
+    "export",
+    "get_fp32_state_dict_from_zero_checkpoint",
+    "load_state_dict_from_zero_checkpoint",
+    "open",
+]
+
+_MODULES = {"Checkpoint": "reader", "open": "reader", "export": "exporting"}
+"""Name -> its module; the others are DeepSpeed's."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ds_ckpt import reader
+    import importlib
 
-    return getattr(reader, name)
+    return getattr(importlib.import_module(f"ds_ckpt.{_MODULES.get(name, 'zero_to_fp32')}"), name)
 
 
 def __dir__() -> list[str]:

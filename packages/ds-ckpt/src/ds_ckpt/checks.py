@@ -9,12 +9,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import reprlib
-import stat
 from typing import TYPE_CHECKING, Any
 
-from ds_core.checkpoint.folder import complete_tags
+from ds_ckpt.storage import folder_at
+from ds_core.checkpoint import safetensors_format
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import Box, Chunk
 
@@ -22,34 +21,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
+    from ds_ckpt.storage import Folder
     from ds_ckpt.stored import StoredChunk, StoredTensor
 
 __all__ = [
     "ITEM_BYTES",
     "MAX_JSON_BYTES",
-    "check_chunks",
-    "damaged",
-    "open_inside",
-    "parse_json",
-    "read_inside",
-    "short",
     "Field",
+    "check_chunks",
+    "check_name",
+    "damaged",
+    "parse_json",
+    "short",
 ]
 
-ITEM_BYTES = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint8": 1,
-    "bool": 1,
-}
+ITEM_BYTES = {dtype: safetensors_format.ITEM_BYTES[dtype] for dtype in safetensors_format.WORDS}
 """torch's word of a dtype -> bytes of an element: what a checkpoint may hold."""
 MAX_JSON_BYTES = 2**28
 """A larger manifest or header is refused: parsed, JSON takes several times its size."""
@@ -61,7 +47,7 @@ MAX_COMPARISONS = 10**6
 """How often boxes of one tensor are compared with each other; a real checkpoint needs a few per box."""
 
 
-def damaged(what: str, folder: Path, file: str | None = None) -> CheckpointError:
+def damaged(what: str, folder: Folder | Path, file: str | None = None) -> CheckpointError:
     """Return the error that a checkpoint cannot be used, naming another one to load.
 
     Args:
@@ -69,65 +55,30 @@ def damaged(what: str, folder: Path, file: str | None = None) -> CheckpointError
         folder: the tag's.
         file: the name in it; None where it is the folder itself.
     """
-    others = [tag for tag in complete_tags(folder.parent) if tag != folder.name]
+    place = folder_at(folder)
+    try:
+        others = [tag for tag in place.parent.complete_tags() if tag != place.name]
+    except CheckpointError:
+        others = []  # a store that does not answer must not hide what was found
     fix = f"load another one, such as tag={others[-1]!r}" if others else "restore it from a copy"
-    return CheckpointError(what, where=str(folder / file if file else folder), fix=fix)
+    return CheckpointError(what, where=f"{place}/{file}" if file else str(place), fix=fix)
 
 
-def open_inside(folder: Path, name: str) -> int:
-    """Open ``name`` below ``folder`` for reading and return the descriptor; the caller closes it.
-
-    Args:
-        folder: may itself be a link.
-        name: with ``/``; no part of it may be ``..`` or a link, and it is a regular file.
+def check_name(name: str, folder: Folder | Path) -> list[str]:
+    """Return the parts of the name of a file below ``folder``.
 
     Raises:
-        CheckpointError: it leads elsewhere, is missing or is no regular file. Nothing outside was opened.
+        CheckpointError: it leads elsewhere, or is none that a file can have.
     """
     parts = name.split("/")
     if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in parts):
         raise damaged(f"the name {short(name)} of a file leads out of the checkpoint", folder)
     if not _is_text(name) or len(name.encode()) > 4000 or any(len(part.encode()) > 255 for part in parts):
         raise damaged(f"the name {short(name)} of a file is none that a file can have", folder)
-    try:
-        # A descriptor per step, so that no part of the path can be a link, or become one in between.
-        at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        for index, part in enumerate(parts):
-            last = index == len(parts) - 1
-            # Without O_NONBLOCK, opening a pipe waits for somebody to write to it.
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_NONBLOCK if last else os.O_DIRECTORY)
-            try:
-                following = os.open(part, flags, dir_fd=at)
-            finally:
-                os.close(at)
-            at = following
-    except FileNotFoundError:
-        raise damaged("a file of the checkpoint is missing", folder, name) from None
-    except OSError as error:
-        link = any((folder / "/".join(parts[:count])).is_symlink() for count in range(1, len(parts) + 1))
-        what = "is a link, which may lead anywhere" if link else f"cannot be opened: {error.strerror}"
-        raise damaged(f"a file of the checkpoint {what}", folder, name) from error
-    if not stat.S_ISREG(os.fstat(at).st_mode):
-        os.close(at)
-        raise damaged("a file of the checkpoint is no regular file", folder, name)
-    return at
+    return parts
 
 
-def read_inside(folder: Path, name: str, *, limit: int = MAX_JSON_BYTES) -> bytes:
-    """Return the content of ``name`` below ``folder``; see :func:`open_inside`.
-
-    Raises:
-        CheckpointError: also where it is larger than ``limit`` bytes.
-    """
-    descriptor = open_inside(folder, name)
-    with os.fdopen(descriptor, "rb") as file:
-        size = os.fstat(descriptor).st_size
-        if size > limit:
-            raise damaged(f"a file of {size} bytes where at most {limit} are expected", folder, name)
-        return file.read(limit)
-
-
-def parse_json(data: bytes, folder: Path, file: str, part: str = "") -> Any:
+def parse_json(data: bytes, folder: Folder | Path, file: str, part: str = "") -> Any:
     """Return ``data`` as JSON.
 
     Args:
@@ -141,7 +92,7 @@ def parse_json(data: bytes, folder: Path, file: str, part: str = "") -> Any:
     """
     what = f"{part or 'the file'} is not JSON"
     try:
-        return json.loads(data)
+        return json.loads(data.decode())  # of bytes it would take UTF-16 and UTF-32, too
     except RecursionError:
         raise damaged(f"{what} that can be read: it is nested too deeply", folder, file) from None
     except ValueError as error:
@@ -165,7 +116,7 @@ def short(value: object) -> str:
 class Field:
     """A value of parsed JSON with the way that leads to it, so that every refusal says which field of which file."""
 
-    def __init__(self, value: Any, way: str, folder: Path, file: str) -> None:
+    def __init__(self, value: Any, way: str, folder: Folder | Path, file: str) -> None:
         self.value, self.way, self.origin = value, way, (folder, file)
 
     def wrong(self, expected: str) -> CheckpointError:
@@ -245,7 +196,9 @@ class Field:
         return Field(value, way, *self.origin)
 
 
-def check_chunks(tensors: Iterable[StoredTensor], sizes: Mapping[str, int], folder: Path, file: str | None) -> None:
+def check_chunks(
+    tensors: Iterable[StoredTensor], sizes: Mapping[str, int], folder: Folder | Path, file: str | None
+) -> None:
     """Check that chunks are where files have bytes, share none, and hold every element of their tensor once.
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -23,13 +22,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
-    help="List, show and verify checkpoints: ours, and those that DeepSpeed wrote.",
+    help="List, show, verify, compare and export checkpoints: ours, and those that DeepSpeed wrote.",
 )
 
-_Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that checkpoints were saved to.")]
+_Directory = Annotated[str, typer.Argument(metavar="DIR", help="Folder that checkpoints were saved to, or a URL.")]
 _TagName = Annotated[
     Optional[str],  # noqa: UP045 -- typer reads this at run time, on Python 3.10 too
     typer.Argument(metavar="[TAG]", help="Which; default: what `latest` names, or DIR itself if it is a checkpoint."),
+]
+
+
+_TagA = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--tag-a", help="Which of A; default: what `latest` names, or A itself if it is a checkpoint."),
+]
+_TagB = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--tag-b", help="Which of B."),
 ]
 
 
@@ -88,6 +97,118 @@ def verify(directory: _Directory, tag: _TagName = None) -> None:
     _console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command("export")
+def export_weights(
+    directory: _Directory,
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder to write to, made if missing.")],
+    tag: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--tag", help="Which; default: what `latest` names, or DIR itself if it is a checkpoint."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32, bfloat16, float16, or `stored` for what the model has.")
+    ] = "float32",
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Of a file, such as 500MB, or `none` for one file.")
+    ] = "5GB",
+    as_bin: Annotated[
+        bool, typer.Option("--bin", help="Write pytorch_model.bin in place of safetensors. Needs torch.")
+    ] = False,
+    exclude_frozen: Annotated[
+        bool, typer.Option("--exclude-frozen", help="Leave out the weights that are not trained.")
+    ] = False,
+) -> None:
+    """Write the weights of a checkpoint as transformers loads them: model.safetensors, or shards with an index."""
+    from ds_ckpt.exporting import export
+    from ds_ckpt.tables import size_in_words
+
+    with _progress() as progress:
+        task = progress.add_task("exporting", total=None)
+        done = export(
+            directory,
+            output,
+            tag,
+            None if dtype == "stored" else dtype,
+            None if max_shard_size == "none" else max_shard_size,
+            safe_serialization=not as_bin,
+            exclude_frozen_parameters=exclude_frozen,
+            progress=lambda count, total: progress.update(task, advance=count, total=total),
+        )
+    amount = f"{done.tensors} tensors, {size_in_words(done.nbytes)}"
+    if done.shared:
+        amount += f", {len(done.shared)} more name{'' if len(done.shared) == 1 else 's'} of them"
+    if done.beyond:
+        amount += f", {len(done.beyond)} with values that {dtype} cannot hold: infinite now"
+    what = done.files[0] if done.index is None else f"{len(done.files)} files and {done.index}"
+    _console().print(f"{amount}: {output}/{what}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint: DIR, a URL, or either with `:TAG` behind it.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one, in any format.")],
+    tag_a: _TagA = None,
+    tag_b: _TagB = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            "--tolerance", min=0.0, help="Numbers whose absolute or relative difference is at most this are equal."
+        ),
+    ] = 0.0,
+    read: Annotated[bool, typer.Option("--read", help="Read what has equal checksums, too.")] = False,
+    no_state: Annotated[
+        bool, typer.Option("--no-state", help="Compare tensors alone: no counters, options or client state.")
+    ] = False,
+    all_rows: Annotated[bool, typer.Option("--all", help="Print every difference, not 100 of each kind.")] = False,
+) -> None:
+    """Show what differs between two checkpoints: tensors and state.
+
+    Exit with 0 if they are equal, 1 if they differ, 2 if they cannot be compared.
+    """
+    from ds_ckpt.diff import compare
+    from ds_ckpt.tables import difference_tables, one_line, summary
+    from ds_core.errors import CheckpointError, DsError
+
+    try:
+        stored_a, stored_b = _read(*_place(a, tag_a)), _read(*_place(b, tag_b))
+        with _progress() as progress:
+            task = progress.add_task("comparing", total=None)
+            found = compare(
+                stored_a,
+                stored_b,
+                tolerance=tolerance,
+                read=read,
+                with_state=not no_state,
+                progress=lambda count, total: progress.update(task, advance=count, total=total),
+            )
+    except (DsError, OSError) as error:
+        # 1 means that they differ, so what is printed for every error elsewhere is printed here.
+        if isinstance(error, OSError):
+            error = CheckpointError(f"cannot be read: {error.strerror or error}", where=error.filename)
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+    console = _console()
+    for name, stored in (("A", stored_a), ("B", stored_b)):
+        console.print(f"{name}  {one_line(stored)}", markup=False, highlight=False, soft_wrap=True)
+    for table in difference_tables(found, **({"most_rows": None} if all_rows else {})):
+        console.print()
+        console.print(table)
+    console.print()
+    console.print(summary(found), markup=False, highlight=False)
+    raise typer.Exit(0 if found.is_empty else 1)
+
+
+def _place(text: str, tag: str | None) -> tuple[str, str | None]:
+    """Return the folder and the tag that an argument means: ``DIR``, or ``DIR:TAG`` where there is no such ``DIR``."""
+    from pathlib import Path
+
+    directory, _, last = text.rpartition(":")
+    # What follows the colon of a URL's scheme has slashes.
+    if tag is None and directory and last and "/" not in last and not Path(text).exists():
+        return directory, last
+    return text, tag
+
+
 def _error(stored: Stored, damages: Sequence[Damage]) -> CheckpointError:
     from ds_ckpt.checks import damaged
 
@@ -98,7 +219,7 @@ def _error(stored: Stored, damages: Sequence[Damage]) -> CheckpointError:
     return damaged(what, stored.folder)
 
 
-def _read(directory: Path, tag: str | None) -> Stored:
+def _read(directory: str, tag: str | None) -> Stored:
     from ds_ckpt import formats
     from ds_ckpt.tags import folder_of
 

@@ -21,9 +21,9 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from ds_ckpt.checks import Field, check_chunks, damaged, parse_json
+from ds_ckpt.checksums import checksum
+from ds_ckpt.storage import folder_at
 from ds_ckpt.stored import Stored, StoredChunk, StoredFile, StoredTensor
 from ds_core.checkpoint.folder import MANIFEST
 from ds_core.errors import CheckpointError
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from ds_ckpt.storage import Folder
     from ds_ckpt.stored import Key
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "checksum", "decode", "encode"]
+__all__ = ["FORMAT", "FORMAT_VERSION", "decode", "encode"]
 
 FORMAT = "ds-sharded"
 FORMAT_VERSION = 1
@@ -43,15 +44,6 @@ _CHECKSUM = re.compile(r"xxh3:[0-9a-f]{32}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _MAX_HEADER_BYTES = 10**8
 """The limit of safetensors itself."""
-
-
-def checksum(data: Any) -> str:
-    """Return the checksum of a buffer, in the form of the manifest.
-
-    >>> checksum(b"")
-    'xxh3:99aa06d3014798d86001c324468d497f'
-    """
-    return f"xxh3:{xxhash.xxh3_128_hexdigest(data)}"
 
 
 def encode(stored: Stored) -> bytes:
@@ -73,7 +65,7 @@ def encode(stored: Stored) -> bytes:
     return _head(body) + body
 
 
-def decode(data: bytes, folder: Path) -> Stored:
+def decode(data: bytes, folder: Folder | Path) -> Stored:
     """Return what the manifest ``data`` of ``folder`` says, checked in itself; files were not looked at.
 
     Raises:
@@ -94,7 +86,8 @@ def decode(data: bytes, folder: Path) -> Stored:
         tensors[tensor.key] = tensor
     check_chunks(tensors.values(), {name: file.nbytes for name, file in files.items()}, folder, MANIFEST)
     rank_states = tuple(field.object() for field in top["rank_states"].list(world_size))
-    return Stored(folder, FORMAT, str(FORMAT_VERSION), world_size, tensors, files, top["state"].object(), rank_states)
+    place, state = folder_at(folder), top["state"].object()
+    return Stored(place, FORMAT, str(FORMAT_VERSION), world_size, tensors, files, state, rank_states)
 
 
 def _json(value: Any) -> str:
@@ -105,12 +98,12 @@ def _head(body: bytes) -> bytes:
     return f'{{"format": "{FORMAT}", "version": {FORMAT_VERSION}, "checksum": "{checksum(body)}",\n'.encode()
 
 
-def _not_version_1(data: bytes, head: bytes, folder: Path) -> CheckpointError:
+def _not_version_1(data: bytes, head: bytes, folder: Folder | Path) -> CheckpointError:
     later = re.match(rb'\{"format": "ds-sharded", "version": (\d{1,9}),', head)
     if later and int(later[1]) > FORMAT_VERSION:
         return CheckpointError(
             f"this checkpoint has version {int(later[1])} of its format, known is {FORMAT_VERSION}",
-            where=str(folder / MANIFEST),
+            where=f"{folder}/{MANIFEST}",
             fix="pip install --upgrade ds-ckpt",
         )
     return damaged(f"the manifest of {len(data)} bytes is damaged: they are not what was written", folder, MANIFEST)

@@ -1,23 +1,23 @@
 """Bytes of chunks: read or mapped, and checked whenever they are, then turned into tensors by who asks for those.
 
-Note: mapped or read. A chunk that goes as it is into memory that is there is read straight into it. Otherwise it is
-mapped, so that the elements that are wanted are copied once, out of the system's cache. Only :func:`as_tensor` loads
+Note: mapped or read. A chunk that goes as it is into memory that is there is read straight into it. Otherwise a local
+file is mapped, so that the elements that are wanted are copied once, out of the system's cache; of a store's a copy is
+fetched, and not kept. Only :func:`as_tensor` loads
 torch.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
 import threading
 from typing import TYPE_CHECKING
 
-from ds_ckpt.checks import damaged, open_inside
-from ds_ckpt.manifest import checksum
+from ds_ckpt.checks import damaged
+from ds_ckpt.checksums import BLOCK_BYTES, Checksum, checksum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ds_ckpt.storage import File
     from ds_ckpt.stored import Stored, StoredChunk, StoredTensor
     from ds_core.interfaces.logical import LogicalTensor
 
@@ -34,53 +34,12 @@ def label(of: LogicalTensor) -> str:
     return f"{of.kind} {of.name!r}" + ("" if of.rank is None else f" of rank {of.rank}")
 
 
-class _File:
-    """An open file. It stays open, and its mapping stays, as long as somebody holds a part of it."""
-
-    def __init__(self, stored: Stored, name: str) -> None:
-        self.name, self.mapped = name, None
-        self._descriptor = open_inside(stored.folder, name)
-        expected = stored.files[name]
-        found = os.fstat(self._descriptor).st_size
-        if found != expected.nbytes:
-            raise damaged(
-                f"a file of the checkpoint has {found} bytes instead of {expected.nbytes}", stored.folder, name
-            )
-        if expected.header is not None:
-            head = bytearray(expected.header[0])
-            if not self.read_into(0, memoryview(head)) or checksum(head) != expected.header[1]:
-                raise damaged(
-                    f"the header of the file, its first {len(head)} bytes, is not what was written", stored.folder, name
-                )
-
-    mapped: mmap.mmap | None
-
-    def read_into(self, offset: int, target: memoryview) -> bool:
-        """Fill ``target`` with the bytes from ``offset``; return whether there were so many."""
-        while target:
-            count = os.preadv(self._descriptor, [target], offset)
-            if not count:
-                return False
-            offset, target = offset + count, target[count:]
-        return True
-
-    def map(self) -> mmap.mmap:
-        if self.mapped is None:
-            # Private to this process: torch warns of memory that it may not write to.
-            self.mapped = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY)
-        return self.mapped
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
-
-
 class Ranges:
     """The bytes of a checkpoint's chunks. Files are opened when they are first needed; threads may share one."""
 
     def __init__(self, stored: Stored) -> None:
         self._stored = stored
-        self._files: dict[str, _File] = {}
+        self._files: dict[str, File] = {}
         self._checked: set[tuple[str, int, int]] = set()
         self._lock = threading.Lock()
 
@@ -90,23 +49,31 @@ class Ranges:
         Raises:
             CheckpointError: naming file, tensor and kind: the bytes are not what was written. ``target`` has them.
         """
-        if not self._open(chunk.file).read_into(chunk.offset + start, target):
-            raise self._damaged(tensor, chunk, "its file ends before it")
-        if chunk.checksum is not None and checksum(target) != chunk.checksum:
+        file = self._open(chunk.file)
+        found = Checksum()
+        # A store is asked once, whatever it costs to sum later.
+        step = BLOCK_BYTES if file.is_mapped and chunk.checksum is not None else max(1, len(target))
+        for at in range(0, len(target), step):
+            block = target[at : at + step]
+            if not file.read_into(chunk.offset + start + at, block):
+                raise self._damaged(tensor, chunk, "its file ends before it")
+            if chunk.checksum is not None:
+                found.update(block)
+        if chunk.checksum is not None and str(found) != chunk.checksum:
             raise self._damaged(tensor, chunk, "its bytes are not what was written")
 
     def view(self, tensor: StoredTensor, chunk: StoredChunk) -> memoryview:
-        """Return the bytes of ``chunk``, mapped, and checked the first time.
+        """Return the bytes of ``chunk``, checked: mapped, and then the first time only, or a copy.
 
         Raises:
             CheckpointError: as :meth:`read_into`.
         """
         if not chunk.nbytes:
             return memoryview(b"")
-        mapped = self._open(chunk.file).map()
-        found = memoryview(mapped)[chunk.offset : chunk.offset + chunk.nbytes]
+        file = self._open(chunk.file)
+        found = file.view(chunk.offset, chunk.nbytes)
         place = (chunk.file, chunk.offset, chunk.nbytes)
-        if chunk.checksum is not None and place not in self._checked:
+        if chunk.checksum is not None and not (file.is_mapped and place in self._checked):
             if checksum(found) != chunk.checksum:
                 raise self._damaged(tensor, chunk, "its bytes are not what was written")
             self._checked.add(place)
@@ -117,15 +84,29 @@ class Ranges:
         with self._lock:
             self._files.clear()
 
-    def _open(self, name: str) -> _File:
+    def _open(self, name: str) -> File:
         with self._lock:
             if name not in self._files:
-                self._files[name] = _File(self._stored, name)
+                self._files[name] = _open_checked(self._stored, name)
             return self._files[name]
 
     def _damaged(self, tensor: StoredTensor, chunk: StoredChunk, why: str) -> Exception:
         place = f"{chunk.nbytes} bytes from {chunk.offset}"
         return damaged(f"{label(tensor.of)} is damaged: {why} ({place})", self._stored.folder, chunk.file)
+
+
+def _open_checked(stored: Stored, name: str) -> File:
+    """Open a file of a checkpoint, whose size and header are what was written."""
+    file, expected = stored.folder.open(name), stored.files[name]
+    if file.nbytes != expected.nbytes:
+        what = f"a file of the checkpoint has {file.nbytes} bytes instead of {expected.nbytes}"
+        raise damaged(what, stored.folder, name)
+    if expected.header is not None:
+        head = bytearray(expected.header[0])
+        if not file.read_into(0, memoryview(head)) or checksum(head) != expected.header[1]:
+            what = f"the header of the file, its first {len(head)} bytes, is not what was written"
+            raise damaged(what, stored.folder, name)
+    return file
 
 
 def as_tensor(view: memoryview, dtype: str, chunk: StoredChunk) -> Tensor:

@@ -5,7 +5,6 @@ Torch is loaded when the first tensor is asked for.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ds_ckpt import formats
@@ -19,6 +18,7 @@ from ds_core.interfaces.logical import BUFFER, MASTER, WEIGHT, Chunk, Piece
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from os import PathLike
+    from pathlib import Path
 
     import torch
 
@@ -37,13 +37,13 @@ def open(path: str | PathLike[str], tag: str | None = None) -> Checkpoint:
     """Open a checkpoint for reading: one of ours in any format, or one that DeepSpeed wrote.
 
     Args:
-        path: the folder with the tags, or the folder of a tag.
+        path: the folder with the tags, or the folder of a tag; a URL as text, such as ``s3://bucket/run``, too.
         tag: which; None: the one that ``latest`` names, or ``path`` itself where it is a checkpoint.
 
     Raises:
         CheckpointError: there is none, half of one, or a damaged one.
     """
-    return Checkpoint(formats.read(folder_of(Path(path), tag)))
+    return Checkpoint(formats.read(folder_of(path, tag)))
 
 
 class Checkpoint:
@@ -55,9 +55,9 @@ class Checkpoint:
         self._decoded: Mapping[str, Any] | None = None
 
     @property
-    def path(self) -> Path:
-        """The folder of the tag."""
-        return self.stored.folder
+    def path(self) -> Path | str:
+        """The folder of the tag; text where it is a URL."""
+        return self.stored.folder.path or str(self.stored.folder)
 
     @property
     def world_size(self) -> int:
@@ -117,8 +117,11 @@ class Checkpoint:
         if self._decoded is None:
             try:
                 self._decoded = cast("Mapping[str, Any]", decode(dict(self.stored.state)))
-            except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as error:
-                raise damaged(f"the state cannot be read: {type(error).__name__}: {error}", self.path) from error
+            except Exception as error:
+                # Whatever a value that is not what it says makes of numbers, dtypes and shapes.
+                raise damaged(
+                    f"the state cannot be read: {type(error).__name__}: {error}", self.stored.folder
+                ) from error
         return self._decoded
 
     @property

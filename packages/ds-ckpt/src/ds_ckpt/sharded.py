@@ -3,42 +3,46 @@
 Note: commit. Files carry the id of their save, so nothing that a manifest names is ever written over. All ranks write
 and sync; they agree that all could; rank 0 writes the manifest beside, syncs it and renames it into place, then
 ``latest``, then removes what no manifest names any more. Until the rename the previous checkpoint is what there is.
+In a store the manifest is put in place of a rename; see :mod:`ds_ckpt.storage.remote`.
 """
 
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+import logging
+import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ds_ckpt import formats
 from ds_ckpt.checks import ITEM_BYTES, MAX_JSON_BYTES, check_chunks
 from ds_ckpt.config import ShardedConfig
+from ds_ckpt.keeping import Keeper
 from ds_ckpt.layout import share_out
 from ds_ckpt.loading import StoredReader
 from ds_ckpt.manifest import FORMAT, FORMAT_VERSION, encode
+from ds_ckpt.storage import folder_at
 from ds_ckpt.stored import Stored, StoredChunk, StoredFile, StoredTensor
-from ds_core.checkpoint.atomic import sync_folder, written_beside
-from ds_core.checkpoint.folder import MANIFEST, read_latest, write_latest
-from ds_core.checkpoint.saving import agree_on_id, file_name, place_in, remove_leftovers, together
+from ds_ckpt.tags import latest_universal
+from ds_core.checkpoint.folder import LATEST, MANIFEST
+from ds_core.checkpoint.saving import agree_on_id, file_name, is_ours, place_in, together
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.checkpoint import CheckpointEngine
 from ds_core.log import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch.distributed import ProcessGroup
 
     from ds_ckpt.layout import Part
+    from ds_ckpt.storage import Folder
     from ds_ckpt.stored import Key
     from ds_core.config import Section
     from ds_core.interfaces.checkpoint import Directory
     from ds_core.interfaces.logical import LogicalTensor, Piece, Snapshot
 
-__all__ = ["ShardedCheckpoint"]
+__all__ = ["ShardedCheckpoint", "written_by"]
 
 
 @dataclass
@@ -54,15 +58,26 @@ class ShardedCheckpoint(CheckpointEngine):
     """Writes ds-sharded: checksummed, balanced over ranks and threads, nothing pickled. Opens every format."""
 
     Config: ClassVar[type[Section] | None] = ShardedConfig
+    takes_urls: ClassVar[bool] = True
+    reads_universal = True
 
-    def __init__(self, options: Section | None, group: ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        options: Section | None,
+        group: ProcessGroup | None,
+        *,
+        on_written: Callable[[int], object] = lambda nbytes: None,
+    ) -> None:
+        """``on_written``: told of every number of bytes that was written, in whatever thread."""
         super().__init__(options, group)
+        self._on_written = on_written
         self._config = cast("ShardedConfig", options) if options is not None else ShardedConfig()
+        self._keeper = Keeper(keep_last=self._config.keep_last, keep_every=self._config.keep_every)
 
     def save(self, directory: Directory, tag: str, snapshot: Snapshot, *, latest: bool) -> None:
         rank, world_size = place_in(self.group)
-        directory = Path(directory)
-        folder = directory / tag
+        place = folder_at(directory)
+        folder = place / tag
         save_id = agree_on_id(self.group)
         names = [file_name(rank, save_id, part) for part in range(self._config.writers)]
         mine: list[_Report] = []
@@ -70,29 +85,30 @@ class ShardedCheckpoint(CheckpointEngine):
             together(lambda: mine.append(self._write_own(folder, names, rank, snapshot)), folder, self.group)
         except CheckpointError:
             # No manifest will ever name them, and the disk may be full.
-            _discard(folder, names)
+            _remove(folder, names, logging.DEBUG)
             raise
         reports = self._gather(mine[0], rank, world_size)
-        together(
-            lambda: self._commit(directory, tag, reports, snapshot, latest) if rank == 0 else None, folder, self.group
-        )
+        together(lambda: self._commit(place, tag, reports, snapshot, latest) if rank == 0 else None, folder, self.group)
 
     def open(self, directory: Directory, tag: str) -> StoredReader:
-        return StoredReader(formats.read(Path(directory) / tag))
+        return StoredReader(formats.read(folder_at(directory) / tag))
 
     def read_latest(self, directory: Directory) -> str:
-        return read_latest(Path(directory))
+        return folder_at(directory).read_latest()
 
-    def _write_own(self, folder: Path, names: Sequence[str], rank: int, snapshot: Snapshot) -> _Report:
+    def read_latest_universal(self, directory: Directory) -> str:
+        return latest_universal(directory)
+
+    def _write_own(self, folder: Folder, names: Sequence[str], rank: int, snapshot: Snapshot) -> _Report:
         json.dumps(dict(snapshot.rank_state))  # what cannot be stored is refused before anything is written
-        folder.mkdir(parents=True, exist_ok=True)
-        shares = share_out(_written_by(rank, snapshot.pieces), writers=len(names), chunk_bytes=self._config.chunk_bytes)
+        folder.make()
+        shares = share_out(written_by(rank, snapshot.pieces), writers=len(names), chunk_bytes=self._config.chunk_bytes)
         report = _Report([], [], snapshot.rank_state)
-        for parts, (file, chunks) in zip(shares, _write_files(folder, names, shares), strict=True):
+        for parts, (file, chunks) in zip(shares, _write_files(folder, names, shares, self._on_written), strict=True):
             report.files.append(file)
             report.chunks += [(part.piece.of, chunk) for part, chunk in zip(parts, chunks, strict=True)]
         if shares:
-            sync_folder(folder)
+            folder.sync()
         return report
 
     def _gather(self, mine: _Report, rank: int, world_size: int) -> list[_Report]:
@@ -105,25 +121,36 @@ class ShardedCheckpoint(CheckpointEngine):
         dist.gather_object(mine, told, group=self.group, group_dst=0)
         return told or []
 
-    def _commit(self, directory: Path, tag: str, reports: Sequence[_Report], snapshot: Snapshot, latest: bool) -> None:
+    def _commit(
+        self, directory: Folder, tag: str, reports: Sequence[_Report], snapshot: Snapshot, latest: bool
+    ) -> None:
         folder = directory / tag
-        stored = _joined(folder, reports, snapshot)
-        data = encode(stored)
+        files = {file.name for report in reports for file in report.files}
+        try:
+            self._write_manifest(folder, reports, snapshot)
+        except BaseException:
+            if not _is_named(folder, files):
+                # No manifest will ever name them, and the disk may be full.
+                _remove(folder, sorted(files), logging.DEBUG)
+            raise
+        directory.sync()
+        if latest:
+            directory.replace(LATEST, tag.encode())
+        _remove_leftovers(folder, keep=files)
+        self._keeper.tidy(directory, tag)
+
+    def _write_manifest(self, folder: Folder, reports: Sequence[_Report], snapshot: Snapshot) -> None:
+        data = encode(_joined(folder, reports, snapshot))
         if len(data) > MAX_JSON_BYTES:
             raise CheckpointError(
                 f"the manifest would have {len(data)} bytes, readers take {MAX_JSON_BYTES}",
                 where=str(folder),
                 fix="set checkpoint.sharded.chunk_bytes to a larger number",
             )
-        with written_beside(folder / MANIFEST) as file:
-            file.write(data)
-        sync_folder(directory)
-        if latest:
-            write_latest(directory, tag)
-        remove_leftovers(folder, keep=stored.files)
+        folder.replace(MANIFEST, data)
 
 
-def _written_by(rank: int, pieces: Sequence[Piece]) -> list[Piece]:
+def written_by(rank: int, pieces: Sequence[Piece]) -> list[Piece]:
     """Return what ``rank`` writes, each chunk once."""
     found: dict[tuple[Any, ...], Piece] = {}
     for piece in pieces:
@@ -140,19 +167,38 @@ def _written_by(rank: int, pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def _write_files(
-    folder: Path, names: Sequence[str], shares: Sequence[Sequence[Part]]
+    folder: Folder, names: Sequence[str], shares: Sequence[Sequence[Part]], on_written: Callable[[int], object]
 ) -> list[tuple[StoredFile, list[StoredChunk]]]:
     """Write the files of this rank at the same time; the first one's error is raised when all have ended."""
     from ds_ckpt.writing import write_file
 
-    if len(shares) < 2:
-        return [write_file(folder / names[index], parts) for index, parts in enumerate(shares)]
-    with ThreadPoolExecutor(len(shares), thread_name_prefix="ds-ckpt") as pool:
-        running = [pool.submit(write_file, folder / names[index], parts) for index, parts in enumerate(shares)]
-    return [each.result() for each in running]
+    found: dict[int, tuple[StoredFile, list[StoredChunk]]] = {}
+    failures: dict[int, BaseException] = {}
+
+    def write(index: int) -> None:
+        try:
+            found[index] = write_file(folder, names[index], shares[index], on_written)
+        except BaseException as error:  # raised below, by the thread that asked for it
+            failures[index] = error
+
+    # No executor: those refuse work once the interpreter ends, which is when a save in the background may still run.
+    others = [threading.Thread(target=write, args=(index,), name=f"ds-ckpt-{index}") for index in range(1, len(shares))]
+    started: list[threading.Thread] = []
+    try:
+        for thread in others:
+            thread.start()
+            started.append(thread)
+        if shares:
+            write(0)
+    finally:
+        for thread in started:
+            thread.join()
+    if failures:
+        raise failures[min(failures)]
+    return [found[index] for index in range(len(shares))]
 
 
-def _joined(folder: Path, reports: Sequence[_Report], snapshot: Snapshot) -> Stored:
+def _joined(folder: Folder, reports: Sequence[_Report], snapshot: Snapshot) -> Stored:
     """Return what all ranks wrote as one checkpoint, checked as a reader checks it."""
     files = {file.name: file for report in reports for file in report.files}
     found: dict[Key, tuple[LogicalTensor, list[StoredChunk]]] = {}
@@ -185,9 +231,32 @@ def _joined(folder: Path, reports: Sequence[_Report], snapshot: Snapshot) -> Sto
     return Stored(folder, FORMAT, str(FORMAT_VERSION), len(reports), tensors, files, snapshot.state, rank_states)
 
 
-def _discard(folder: Path, names: Sequence[str]) -> None:
+def _remove_leftovers(folder: Folder, keep: Collection[str]) -> None:
+    """Remove what earlier saves under a tag left, and nothing of anybody else's; the new save is complete by now."""
+    try:
+        names = [name for name in folder.files() if is_ours(name) and name not in keep]
+    except CheckpointError as error:
+        logger.warning("files of earlier saves cannot be looked for: %s: %s", folder, error.what)
+        return
+    _remove(folder, names)
+
+
+def _is_named(folder: Folder, files: Collection[str]) -> bool:
+    """Return whether the manifest of ``folder`` may name one of ``files``: something may fail after it was replaced."""
+    try:
+        if not folder.has(MANIFEST):
+            return False
+        data = folder.read(MANIFEST, MAX_JSON_BYTES)
+    except (CheckpointError, OSError):
+        return True
+    return any(name.encode() in data for name in files)
+
+
+def _remove(folder: Folder, names: Sequence[str], level: int = logging.WARNING) -> None:
+    """Remove files that no manifest names; one that stays is told at ``level``, and does no harm."""
     for name in names:
         try:
-            (folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            logger.debug("a file of a failed save cannot be removed: %s: %s", folder / name, error.strerror)
+            folder.remove(name)
+        except (CheckpointError, OSError) as error:
+            why = error.what if isinstance(error, CheckpointError) else error.strerror
+            logger.log(level, "a file of an earlier save cannot be removed: %s/%s: %s", folder, name, why)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
+    from ds_ckpt.storage import Folder
     from ds_core.interfaces.logical import Chunk, LogicalTensor
 
 __all__ = ["Key", "Stored", "StoredChunk", "StoredFile", "StoredTensor"]
@@ -60,7 +60,7 @@ class StoredTensor:
 class Stored:
     """A complete checkpoint."""
 
-    folder: Path
+    folder: Folder
     """The folder of the tag."""
     format: str
     """``ds-sharded``, ``ds-plain`` or ``deepspeed``."""

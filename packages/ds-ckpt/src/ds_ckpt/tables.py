@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from ds_ckpt.checks import ITEM_BYTES
+from ds_core.checkpoint.safetensors_format import ITEM_BYTES
 from ds_core.interfaces.logical import BUFFER, GRADIENT, MASTER, WEIGHT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from ds_ckpt.diff import Difference, StateDifference, TensorDifference
     from ds_ckpt.stored import Stored
     from ds_ckpt.tags import Tag
 
-__all__ = ["facts", "module_table", "size_in_words", "tag_table"]
+__all__ = ["difference_tables", "facts", "module_table", "one_line", "size_in_words", "summary", "tag_table"]
 
 _MOST_ROWS = 100
 _COLUMNS = {WEIGHT: "weights", MASTER: "masters", BUFFER: "buffers", GRADIENT: "gradients"}
@@ -85,6 +86,13 @@ def facts(stored: Stored) -> Iterator[tuple[str, str]]:
     yield "files", f"{len(stored.files)}, {size_in_words(size)}"
 
 
+def one_line(stored: Stored) -> str:
+    """Return which checkpoint this is."""
+    step = stored.state.get("global_steps")
+    parts = [f"{stored.format} {stored.version}", *([] if step is None else [f"step {step}"])]
+    return f"{', '.join(parts)}, {_count(stored.world_size, 'rank')}: {stored.folder}"
+
+
 def module_table(stored: Stored, depth: int | None = None) -> Table:
     """Return a row per module with the bytes of each kind, and a last one with all.
 
@@ -109,6 +117,66 @@ def module_table(stored: Stored, depth: int | None = None) -> Table:
     table.add_section()
     _add(table, "all", total, kinds)
     return table
+
+
+def difference_tables(difference: Difference, *, most_rows: int | None = _MOST_ROWS) -> Iterator[Table]:
+    """Yield a table of the tensors that differ and one of the keys of the state, those that have rows."""
+    if difference.tensors:
+        table = _table("tensor", "kind", "differing", "largest", "relative")
+        for tensor in difference.tensors[:most_rows]:
+            sizes = [f"{number:.2g}" if tensor.count else "" for number in (tensor.largest, tensor.relative)]
+            table.add_row(Text(tensor.of.name), Text(_kinds(tensor)), Text(_what_differs(tensor)), *sizes)
+        _add_rest(table, len(difference.tensors), most_rows)
+        yield table
+    if difference.state:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for name, width in (("state", 20), ("A", 16), ("B", 16)):
+            table.add_column(name, overflow="fold", min_width=width)
+        for key in difference.state[:most_rows]:
+            table.add_row(*(Text(cell) for cell in _cells(key)))
+        _add_rest(table, len(difference.state), most_rows)
+        yield table
+
+
+def _add_rest(table: Table, count: int, most_rows: int | None) -> None:
+    if most_rows is not None and count > most_rows:
+        table.add_row(Text(f"... and {count - most_rows} more"))
+
+
+def _cells(key: StateDifference) -> tuple[str, str, str]:
+    return key.path, "(none)" if key.a is None else key.a, "(none)" if key.b is None else key.b
+
+
+def _kinds(tensor: TensorDifference) -> str:
+    kinds = dict.fromkeys(of.kind for of in (tensor.a, tensor.b) if of is not None)
+    return "/".join(kinds) + ("" if tensor.of.rank is None else f" {tensor.of.rank}")
+
+
+def _what_differs(tensor: TensorDifference) -> str:
+    a, b = tensor.a, tensor.b
+    if a is None or b is None:
+        return "only in A" if b is None else "only in B"
+    if a.shape != b.shape:
+        return f"{list(a.shape)} and {list(b.shape)}"
+    count = f"{_short(tensor.count, 1000, 'KMBTQ')} of {_short(a.numel, 1000, 'KMBTQ')}" if tensor.count else "none"
+    return count if a.dtype == b.dtype else f"{count}, {a.dtype} and {b.dtype}"
+
+
+def summary(difference: Difference) -> str:
+    """Return in one line whether two checkpoints are equal, and how much was compared."""
+    alone = sum(tensor.a is None or tensor.b is None for tensor in difference.tensors)
+    unread = f", {size_in_words(difference.unread)} of them by checksum" if difference.unread else ""
+    compared = f"{_count(difference.compared, 'tensor')}, {size_in_words(difference.nbytes)}{unread}"
+    if difference.is_empty:
+        return f"equal: {compared}"
+    parts = [f"{len(difference.tensors) - alone} of {compared}"]
+    parts += [f"{_count(alone, 'tensor')} in one alone"] * bool(alone)
+    parts += [_count(len(difference.state), "key") + " of the state"] * bool(difference.state)
+    return f"different: {'; '.join(parts)}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _add(table: Table, name: str, row: Counter[str], kinds: Sequence[str]) -> None:
@@ -140,6 +208,6 @@ def _table(first: str, *others: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column(first, overflow="fold", min_width=12)
     for name in others:
-        is_text = name == "format"
+        is_text = name in ("format", "kind", "differing")
         table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     return table

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ds_ckpt import formats
-from ds_ckpt.formats.deepspeed import is_deepspeed
-from ds_core.checkpoint.folder import LATEST, MANIFEST, check_tag, read_latest
+from ds_ckpt.formats import is_deepspeed
+from ds_ckpt.storage import folder_at
+from ds_core.checkpoint.folder import LATEST, MANIFEST, check_tag
+from ds_core.checkpoint.saving import is_ours
 from ds_core.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from os import PathLike
 
+    from ds_ckpt.storage import Folder
     from ds_ckpt.stored import Stored
 
-__all__ = ["Tag", "find_tags", "folder_of"]
+__all__ = ["Tag", "find_tags", "folder_of", "latest_universal"]
 
 _LATEST_UNIVERSAL = "latest_universal"
-_TORN = re.compile(r"rank_\d{5}(_\d+)?-[0-9a-f]{12}\.safetensors(\.tmp)?")
+_MAX_TAG_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,13 @@ class Tag:
     """Why it cannot be loaded."""
 
 
-def find_tags(directory: Path) -> list[Tag]:
-    """Return the checkpoints in ``directory``, oldest first, also those that were torn or damaged.
+def find_tags(place: str | PathLike[str] | Folder) -> list[Tag]:
+    """Return the checkpoints in a folder, oldest first, also those that were torn or damaged.
 
     Raises:
         CheckpointError: there is no such folder.
     """
+    directory = folder_at(place)
     _check_folder(directory)
     latest = _named_latest(directory)
     found = []
@@ -53,64 +56,83 @@ def find_tags(directory: Path) -> list[Tag]:
     return found
 
 
-def folder_of(path: Path, tag: str | None) -> Path:
+def folder_of(place: str | PathLike[str] | Folder, tag: str | None) -> Folder:
     """Return the folder of the checkpoint that is meant.
 
     Args:
-        path: where tags are; without ``tag`` also a tag's own folder.
-        tag: None: ``path`` itself where it is a checkpoint, else what ``latest`` in it names.
+        place: where tags are; without ``tag`` also a tag's own folder.
+        tag: None: ``place`` itself where it is a checkpoint, else what ``latest`` in it names.
 
     Raises:
         CheckpointError: it cannot be told; the fix names the tags there are.
     """
+    directory = folder_at(place)
     if tag is not None:
-        return path / check_tag(tag)
-    _check_folder(path)
-    if _is_checkpoint(path):
-        return path
-    named = _named_latest(path)
+        return directory / check_tag(tag)
+    _check_folder(directory)
+    if directory.has(MANIFEST) or is_deepspeed(directory):
+        return directory
+    named = _named_latest(directory)
     if named is not None:
-        return path / named
-    names = [folder.name for folder in _candidates(path)]
+        return directory / named
+    names = [folder.name for folder in _candidates(directory)]
     raise CheckpointError(
         "there is no file 'latest' that names the checkpoint to read",
-        where=str(path),
+        where=str(directory),
         fix=f"pass a tag, one of {', '.join(names)}" if names else "check the path: no checkpoint is in it",
     )
 
 
-def _check_folder(directory: Path) -> None:
-    if not directory.is_dir():
+def latest_universal(place: str | PathLike[str] | Folder) -> str:
+    """Return the tag that ``checkpoint.load_universal`` means: ``latest_universal``'s, else ``latest``'s if it is ours.
+
+    Ours are universal as they are: they load at any world size, stage and precision.
+
+    Raises:
+        CheckpointError: there is no such folder; or no such file, and what ``latest`` names was written by DeepSpeed.
+    """
+    directory = folder_at(place)
+    _check_folder(directory)
+    if directory.has(_LATEST_UNIVERSAL):
+        return _read_latest_universal(directory)
+    what, fix = "there is no file 'latest_universal' that names the checkpoint to load", "check the path"
+    if directory.has(LATEST):
+        tag = directory.read_latest()
+        if (directory / tag).has(MANIFEST):
+            return tag
+        what += f"; 'latest' names {tag!r}, which was not made by DeepSpeed's ds_to_universal"
+        fix = "set checkpoint.load_universal to false: it loads at any world size without being converted"
+    raise CheckpointError(what, where=str(directory), fix=fix)
+
+
+def _check_folder(directory: Folder) -> None:
+    if not directory.is_there():
+        is_file = directory.path is not None and directory.path.exists()
         raise CheckpointError(
-            "there is no such folder" if not directory.exists() else "this is no folder",
+            "this is no folder" if is_file else "there is no such folder",
             where=str(directory),
             fix="pass the folder that checkpoints were saved to",
         )
 
 
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / MANIFEST).exists() or is_deepspeed(folder)
-
-
-def _candidates(directory: Path) -> list[Path]:
+def _candidates(directory: Folder) -> list[Folder]:
     """Return the folders that are checkpoints or that a save left unfinished, oldest first."""
-    found = [
-        folder
-        for folder in directory.iterdir()
-        if folder.is_dir() and (_is_checkpoint(folder) or any(_TORN.fullmatch(path.name) for path in folder.iterdir()))
-    ]
-    return sorted(found, key=lambda folder: (_age(folder), folder.name))
+    found = []
+    for name in directory.folders():
+        folder = directory / name
+        files = folder.files()
+        if MANIFEST in files or is_deepspeed(folder) or any(map(is_ours, files)):
+            changed_ns = folder.changed_ns(MANIFEST if MANIFEST in files else None)
+            found.append((changed_ns or 0, name, folder))
+    return [folder for _, _, folder in sorted(found, key=lambda item: item[:2])]
 
 
-def _age(folder: Path) -> int:
-    manifest = folder / MANIFEST
-    return (manifest if manifest.is_file() else folder).stat().st_mtime_ns
-
-
-def _named_latest(directory: Path) -> str | None:
+def _named_latest(directory: Folder) -> str | None:
     """Return the tag that is named as the latest; None where there is no such file."""
-    if (directory / LATEST).is_file():
-        return read_latest(directory)
-    if (directory / _LATEST_UNIVERSAL).is_file():
-        return check_tag((directory / _LATEST_UNIVERSAL).read_text().strip())
-    return None
+    if directory.has(LATEST):
+        return directory.read_latest()
+    return _read_latest_universal(directory) if directory.has(_LATEST_UNIVERSAL) else None
+
+
+def _read_latest_universal(directory: Folder) -> str:
+    return check_tag(directory.read(_LATEST_UNIVERSAL, _MAX_TAG_BYTES).decode(errors="replace").strip())

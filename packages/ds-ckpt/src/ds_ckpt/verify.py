@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import xxhash
-
-from ds_ckpt.checks import open_inside
-from ds_ckpt.manifest import checksum
+from ds_ckpt.checksums import Checksum, checksum
 from ds_ckpt.ranges import label
 from ds_core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from ds_ckpt.storage import File
     from ds_ckpt.stored import Stored, StoredFile
 
 __all__ = ["Damage", "find_damage"]
-
-_BLOCK_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -53,36 +48,29 @@ def find_damage(stored: Stored, progress: Callable[[int], None]) -> Iterator[Dam
 
 
 def _checksum_of(stored: Stored, file: StoredFile, progress: Callable[[int], None]) -> str:
-    whole, buffer = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK_BYTES))
-    descriptor = open_inside(stored.folder, file.name)
-    try:
-        while count := os.readv(descriptor, [buffer]):
-            whole.update(buffer[:count])
-            progress(count)
-    finally:
-        os.close(descriptor)
-    return f"xxh3:{whole.hexdigest()}"
+    whole = Checksum()
+    for block in stored.folder.open(file.name).blocks():
+        whole.update(block)
+        progress(len(block))
+    return str(whole)
 
 
 def _place(stored: Stored, file: StoredFile) -> str:
     """Return which part of a damaged file it is."""
-    chunks = [(t, c) for t in stored.tensors.values() for c in t.chunks if c.file == file.name and c.nbytes]
     found: dict[str, None] = {}
-    descriptor = open_inside(stored.folder, file.name)
-    try:
-        if file.header is not None and checksum(_read(descriptor, 0, file.header[0])) != file.header[1]:
-            found["the header"] = None
-        for tensor, chunk in chunks:
-            if chunk.checksum is not None and checksum(_read(descriptor, chunk.offset, chunk.nbytes)) != chunk.checksum:
+    opened = stored.folder.open(file.name)
+    if file.header is not None and _checksum_at(opened, 0, file.header[0]) != file.header[1]:
+        found["the header"] = None
+    for tensor in stored.tensors.values():
+        for chunk in tensor.chunks:
+            if chunk.file != file.name or not chunk.nbytes or chunk.checksum is None:
+                continue
+            if _checksum_at(opened, chunk.offset, chunk.nbytes) != chunk.checksum:
                 found[label(tensor.of)] = None
-    finally:
-        os.close(descriptor)
     return ", ".join(found) or "a part that holds no tensor"
 
 
-def _read(descriptor: int, offset: int, nbytes: int) -> memoryview:
-    target = memoryview(bytearray(nbytes))
-    filled = 0
-    while filled < nbytes and (count := os.preadv(descriptor, [target[filled:]], offset + filled)):
-        filled += count
-    return target[:filled]
+def _checksum_at(file: File, offset: int, nbytes: int) -> str | None:
+    """Return the checksum of ``nbytes`` from ``offset``; None where the file ends before."""
+    data = bytearray(nbytes)
+    return checksum(data) if file.read_into(offset, memoryview(data)) else None

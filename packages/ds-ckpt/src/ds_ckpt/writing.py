@@ -2,49 +2,38 @@
 
 from __future__ import annotations
 
-import json
-import os
 from typing import TYPE_CHECKING
 
 import torch
-import xxhash
 
-from ds_ckpt.manifest import checksum
+from ds_ckpt.checksums import BLOCK_BYTES, Checksum, checksum
 from ds_ckpt.stored import StoredChunk, StoredFile
+from ds_core.checkpoint.safetensors_format import Entry, header
 from ds_core.checkpoint.saving import chunk_key
-from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import Box, Chunk
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
     from ds_ckpt.layout import Part
+    from ds_ckpt.storage import Folder
     from ds_core.interfaces.logical import Piece
 
 __all__ = ["bytes_of", "write_file"]
 
-_WORDS = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
-"""torch's word of a dtype -> that of the safetensors format."""
 
+def write_file(
+    folder: Folder, name: str, parts: Sequence[Part], on_written: Callable[[int], object] = lambda nbytes: None
+) -> tuple[StoredFile, list[StoredChunk]]:
+    """Write ``parts`` to a new file, one at a time through host memory; the content is synced, the folder is not.
 
-def write_file(path: Path, parts: Sequence[Part]) -> tuple[StoredFile, list[StoredChunk]]:
-    """Write ``parts`` to ``path``, one at a time through host memory; the content is synced, the folder is not.
+    Args:
+        folder: where.
+        name: no file has it.
+        parts: what.
+        on_written: told of the bytes of each part once they are written.
 
     Returns:
         What the manifest says about the file, and about each part.
@@ -53,56 +42,36 @@ def write_file(path: Path, parts: Sequence[Part]) -> tuple[StoredFile, list[Stor
         OSError: with the file's name.
         CheckpointError: two parts of one name.
     """
-    head, start = _header(path, parts)
-    whole = xxhash.xxh3_128(head)
+    head = header([_entry(part) for part in parts], {"format": "pt"}, f"{folder}/{name}")
+    whole = Checksum()
+    whole.update(head)
     chunks: list[StoredChunk] = []
-    try:
-        # Nothing has this name: it carries the id of this save. An existing file is not ours to write to.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            _write_all(descriptor, memoryview(head))
-            at = start
-            for part in parts:
-                data = bytes_of(part.piece, part.chunk)
-                whole.update(data)
-                chunks.append(StoredChunk(part.chunk, path.name, at, len(data), checksum(data)))
-                _write_all(descriptor, data)
-                at += len(data)
-                del data  # before the next one is copied
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    file = StoredFile(path.name, at, f"xxh3:{whole.hexdigest()}", (start, checksum(head)))
-    return file, chunks
+    with folder.create(name) as write:
+        write(memoryview(head))
+        at = len(head)
+        for part in parts:
+            nbytes, of_part = _write_part(part, write, whole)
+            chunks.append(StoredChunk(part.chunk, name, at, nbytes, str(of_part)))
+            at += nbytes
+            on_written(nbytes)
+    return StoredFile(name, at, str(whole), (len(head), checksum(head))), chunks
 
 
-def _header(path: Path, parts: Sequence[Part]) -> tuple[bytes, int]:
-    """Return what comes before the first chunk, and its size."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for part in parts:
-        key = chunk_key(part.piece.of, part.chunk)
-        if key in header:
-            raise CheckpointError(f"two chunks of one file are called {key!r}", where=str(path), fix="rename one")
-        # A box has its shape; an interval of one is flat.
-        shape = part.chunk.box.size if part.chunk.is_whole_box else (part.chunk.length,)
-        header[key] = {
-            "dtype": _WORDS[part.piece.of.dtype],
-            "shape": shape,
-            "data_offsets": [at, at + part.nbytes],
-        }
-        at += part.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, so that readers can map them
-    return len(text).to_bytes(8, "little") + text, 8 + len(text)
+def _write_part(part: Part, write: Callable[[memoryview], object], whole: Checksum) -> tuple[int, Checksum]:
+    """Write one part and return its size and checksum; a copy that it needed is let go of."""
+    data, of_part = bytes_of(part.piece, part.chunk), Checksum()
+    for low in range(0, len(data), BLOCK_BYTES):
+        block = data[low : low + BLOCK_BYTES]
+        write(block)
+        whole.update(block)
+        of_part.update(block)
+    return len(data), of_part
 
 
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
+def _entry(part: Part) -> Entry:
+    # A box has its shape; an interval of one is flat.
+    shape = part.chunk.box.size if part.chunk.is_whole_box else (part.chunk.length,)
+    return Entry(chunk_key(part.piece.of, part.chunk), part.piece.of.dtype, shape)
 
 
 def bytes_of(piece: Piece, chunk: Chunk) -> memoryview:

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ds_core.checkpoint import files
 from ds_core.checkpoint.atomic import replace_text, sync_folder
 from ds_core.checkpoint.files import write_safetensors
+from ds_core.checkpoint.safetensors_format import ITEM_BYTES, WORDS
 from ds_core.errors import CheckpointError
 
 
@@ -29,7 +29,7 @@ def header_of(path: Path) -> tuple[int, dict]:
 
 # -- the format -------------------------------------------------------------------------------------------------------
 
-STORED = [*files._DTYPES]
+STORED = [getattr(torch, word) for word in WORDS]
 DTYPE_IDS = [str(dtype).removeprefix("torch.") for dtype in STORED]
 
 
@@ -37,6 +37,11 @@ def of_dtype(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     """Return small whole numbers, which every dtype holds."""
     values = torch.arange(max(1, torch.Size(shape).numel())) % 7
     return values[: torch.Size(shape).numel()].to(dtype).reshape(shape)
+
+
+def test_sizes_are_those_of_torch():
+    assert {word: getattr(torch, word).itemsize for word in ITEM_BYTES} == ITEM_BYTES
+    assert WORDS.keys() <= ITEM_BYTES.keys()
 
 
 @pytest.mark.parametrize("dtype", STORED, ids=DTYPE_IDS)

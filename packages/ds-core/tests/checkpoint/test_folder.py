@@ -70,8 +70,19 @@ def test_without_latest_the_error_lists_what_could_be_loaded(tmp_path):
     assert caught.value.fix == "pass tag=, one of one"
 
 
-@pytest.mark.parametrize("content", ["", "../elsewhere", "/etc"])
-def test_a_latest_that_names_no_folder_here_is_refused(content, tmp_path):
-    (tmp_path / "latest").write_text(content)
-    with pytest.raises(CheckpointError, match="cannot name a checkpoint"):
+@pytest.mark.parametrize("content", [b"", b"\xffag", b"/etc", b"../elsewhere", b"..", b"a\0b", b"x" * 5000 + b"/"])
+def test_a_latest_that_names_no_tag_is_refused(tmp_path, content):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "checkpoint.json").write_text("{}")
+    (tmp_path / "latest").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"'latest' holds .* which is no tag") as caught:
+        read_latest(tmp_path)
+    assert caught.value.where == str(tmp_path)
+    assert "whole" in caught.value.fix
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
+
+
+def test_a_latest_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(CheckpointError, match="'latest' cannot be read: Is a directory"):
         read_latest(tmp_path)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_core.checkpoint import jsonable
-from ds_core.checkpoint.jsonable import decode, encode
+from ds_core.checkpoint.jsonable import decode, encode, leaves
 from ds_core.errors import CheckpointError
 
 
@@ -228,3 +228,54 @@ def test_a_tag_of_a_later_version_says_so():
     with pytest.raises(CheckpointError, match="unknown tag 'matrix'") as caught:
         decode({"a": [{"$ds": "matrix", "value": []}]})
     assert caught.value.fix == "upgrade ds-core"
+
+
+def test_leaves_are_what_was_encoded_with_the_way_to_it() -> None:
+    value = {
+        "lr": 0.5,
+        "betas": (0.9, [1, 2]),
+        "by_step": {3: "x", (1, 2): None},
+        "milestones": Counter({30: 1}),
+        "ordered": OrderedDict(a=True),
+        "infinite": -math.inf,
+        "t": torch.ones(2),
+        "nothing": [],
+        "none": {},
+    }
+    found = dict(leaves(encode(value, "state"), "s"))
+    assert found.pop("s.t")["shape"] == [2]
+    assert found == {
+        "s.lr": 0.5,
+        "s.betas[0]": 0.9,
+        "s.betas[1][0]": 1,
+        "s.betas[1][1]": 2,
+        "s.by_step[3]": "x",
+        "s.by_step[{'$ds': 'tuple', 'value': [1, 2]}]": None,
+        "s.milestones[30]": 1,
+        "s.ordered.a": True,
+        "s.infinite": -math.inf,
+        "s.nothing": [],
+        "s.none": {},
+    }
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"$ds": "tuple", "value": 3},
+        {"$ds": "dict", "value": [[1, 2, 3]]},
+        {"$ds": "float", "value": "a"},
+        {"$ds": ["x"], "value": {}},
+        {"$ds": "tensor"},
+    ],
+)
+def test_leaves_of_what_nobody_encoded(value: object) -> None:
+    assert {path.partition(".")[0] for path, _ in leaves({"a": value})} == {"a"}
+
+
+def test_leaves_of_what_is_deeper_than_python_calls() -> None:
+    value: object = 5
+    for _ in range(10_000):
+        value = [value]
+    [(path, leaf)] = leaves(value)
+    assert (len(path), leaf) == (30_000, 5)

@@ -105,3 +105,23 @@ def test_after_an_uncaught_exception_nothing_is_awaited():
     ended = run(SCRIPT + "\nraise ValueError('the script fails')")
     assert ended.stdout.splitlines() == ["in the script True", "at exit True"]
     assert ended.stderr.rstrip().endswith("ValueError: the script fails")
+
+
+FAILS = """
+import torch, ds_core
+engine, *_ = ds_core.initialize(model=torch.nn.Linear(2, 1), config={"train_batch_size": 1, "log_level": "error"})
+
+def close():
+    raise ds_core.errors.CheckpointError("the disk is full")
+
+engine.parts.checkpoint.close = close
+print("the script has ended", flush=True)
+"""
+
+
+def test_a_checkpoint_that_could_not_be_completed_is_no_good_end():
+    done = subprocess.run([sys.executable, "-c", FAILS], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stdout == "the script has ended\n"
+    assert "the disk is full" in done.stderr
+    assert "Exception ignored" not in done.stderr

@@ -57,7 +57,9 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("compile", LATER + "ds-core"),
         ("tensor_parallel", LATER + "ds-inference"),
     ],
-    "transformers_save_on_each_node.json": [("checkpoint.use_node_local_storage", NOT_BUILT)],
+    "transformers_save_on_each_node.json": [
+        ("checkpoint.use_node_local_storage", "would leave every node with a part of the checkpoint")
+    ],
     "transformers_tensor_parallel.json": [("tensor_parallel", LATER + "ds-inference")],
 }
 """File -> what both modes refuse: features that are asked for and not built. Building one takes its line away."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ds_core import registry
 from ds_core.config import Config, ConfigError, PositiveInt, Section, find_problems, load_config
 from ds_core.config.catalog import all_sections
 
@@ -30,7 +31,7 @@ def test_defaults() -> None:
     assert (config.gradient_clipping, config.steps_per_print, config.log_level) == (1.0, None, None)
     assert (config.optimizer, config.scheduler) == (None, None)
     assert (config.zero_optimization.stage, config.fp16.enabled, config.bf16.enabled) == (0, False, False)
-    assert (config.checkpoint.engine, config.checkpoint.tag_validation) == ("plain", "Warn")
+    assert (config.checkpoint.engine, config.checkpoint.tag_validation) == (None, "Warn")
     assert (config.precision.type, config.partition.type) == (None, None)
     assert config.managed_gradient_accumulation
     assert not config.dataloader_drop_last
@@ -114,6 +115,26 @@ def test_options_of_the_chosen_plugin() -> None:
     config = load(checkpoint={"engine": "sharded", "sharded": {"writers": 4}})
     assert config.checkpoint.engine == "sharded"
     assert config.options("checkpoint", "sharded", Options) == Options(writers=4)
+
+
+@pytest.mark.parametrize(
+    ("given", "installed", "name", "why"),
+    [
+        ({}, ("plain",), "plain", "the default without ds-ckpt"),
+        ({}, ("plain", "sharded"), "sharded", "the default where ds-ckpt is installed"),
+        ({"engine": "plain"}, ("plain", "sharded"), "plain", "as checkpoint.engine says"),
+        ({"engine": "sharded"}, ("plain",), "sharded", "as checkpoint.engine says"),
+        ({"writer": {"type": "fast"}}, ("plain",), "plain", "the default without ds-ckpt"),
+        ({"writer": {"decoupled": True}}, ("plain",), "async", "as checkpoint.writer.decoupled says"),
+        ({"writer": {"decoupled": True}, "engine": "mine"}, ("plain",), "mine", "as checkpoint.engine says"),
+    ],
+)
+def test_the_engine_of_checkpoints(
+    given: dict[str, Any], installed: tuple[str, ...], name: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "names", lambda seam: installed)
+    config = load(checkpoint=given)
+    assert (config.plugin("checkpoint"), config.checkpoint.why(config.plugin("checkpoint"))) == (name, why)
 
 
 def test_options_not_given_are_defaults() -> None:

@@ -10,6 +10,8 @@ from ds_core.config.sections.optimizer_arguments import AdamArguments
 from ds_core.config.sections.profiling import FlopsProfilerSection, ThroughputTimerSection
 
 BATCH = {"train_batch_size": 4}
+SHARED = "ranks always share out what several of them hold"
+BY_ENGINE = "how files are written is up to the engine, see checkpoint.sharded for its options"
 OPTIMIZER = {"type": "AdamW", "params": {"lr": 0.1}}
 
 
@@ -50,10 +52,35 @@ OPTIMIZER = {"type": "AdamW", "params": {"lr": 0.1}}
             {},
         ),
         (
-            {"checkpoint": {"sharded": {"writers": 4}}},
+            {"checkpoint": {"engine": "plain", "sharded": {"writers": 4}}},
             {"checkpoint.sharded": '"sharded" was not chosen; its keys are unchecked'},
         ),
         ({"checkpoint": {"engine": "sharded", "sharded": {"writers": 4}}}, {}),
+        (
+            {"checkpoint": {"parallel_write": {"pipeline_stage": True}}},
+            {"checkpoint.parallel_write.pipeline_stage": SHARED},
+        ),
+        (
+            {"checkpoint": {"checkpoint_serialization": False}},
+            {"checkpoint.checkpoint_serialization": "nothing is pickled, so there is no format to choose"},
+        ),
+        ({"checkpoint": {"load_universal": True}}, {}),
+        (
+            {"checkpoint": {"writer": {"type": "python", "io_multiplier": 2, "decoupled": True}}},
+            {
+                "checkpoint.writer.type": BY_ENGINE,
+                "checkpoint.writer.io_multiplier": (
+                    "every rank writes its part, in as many threads as checkpoint.sharded.writers says"
+                ),
+            },
+        ),
+        (
+            {"checkpoint": {"engine": "plain", "writer": {"decoupled": True, "io_buffer_size": 4096}}},
+            {
+                "checkpoint.writer.decoupled": "checkpoint.engine is given",
+                "checkpoint.writer.io_buffer_size": BY_ENGINE,
+            },
+        ),
         ({"partition": {"replicated": {"bucket_bytes": 4}}}, {}),
         (
             {"partition": {"replicated": {"bucket_bytes": 4}}, "zero_optimization": {"stage": 2}},

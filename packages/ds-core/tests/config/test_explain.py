@@ -154,6 +154,9 @@ def test_values_are_those_of_the_configuration(file: Path, world: int | None) ->
             continue
         if setting.keys[:2] in (("optimizer", "params"), ("scheduler", "params")) and setting.kind == "default":
             continue  # of the constructor, which the configuration does not have
+        if setting.path == "checkpoint.engine" and not setting.is_given:
+            assert setting.value == examined.config.plugin("checkpoint")
+            continue
         value: Any = examined.config
         for depth, key in enumerate(setting.keys):
             if isinstance(value, Mapping) or isinstance(key, int):
@@ -457,6 +460,60 @@ def test_what_needs_no_word_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
         "zero_optimization": {"stage": 1},
     }
     assert explain(examine(raw)).notes == ()
+
+
+LEFT_OUT = 'checkpoint.engine: left out, it is "sharded" where ds-ckpt is installed, else "plain"'
+NEEDED = "checkpoint.writer.decoupled: initialize needs ds-ckpt, which is not installed: pip install ds-ckpt"
+
+
+@pytest.mark.parametrize(
+    ("given", "installed", "value", "kind", "origin", "note"),
+    [
+        ({}, ("plain",), "plain", "default", "default", LEFT_OUT),
+        ({}, ("plain", "sharded"), "sharded", "default", "default", LEFT_OUT),
+        ({"engine": None}, ("plain",), "plain", "default", "default, for null", LEFT_OUT),
+        ({"engine": "auto"}, ("plain", "sharded"), "sharded", "default", 'default, for "auto"', LEFT_OUT),
+        ({"engine": "plain"}, ("plain", "sharded"), "plain", "caller", "caller", ""),
+        (
+            {"writer": {"decoupled": True}},
+            ("plain",),
+            "async",
+            "derived",
+            "derived: checkpoint.writer.decoupled",
+            NEEDED,
+        ),
+        (
+            {"engine": None, "writer": {"decoupled": True}},
+            ("plain", "async"),
+            "async",
+            "derived",
+            "derived: checkpoint.writer.decoupled",
+            "",
+        ),
+        (
+            {"engine": "plain", "writer": {"decoupled": True}},
+            ("plain",),
+            "plain",
+            "caller",
+            "caller",
+            "checkpoint.writer.decoupled: no effect: checkpoint.engine is given",
+        ),
+    ],
+)
+def test_the_engine_of_checkpoints(
+    given: dict[str, Any],
+    installed: tuple[str, ...],
+    value: str,
+    kind: str,
+    origin: str,
+    note: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry, "names", lambda seam: installed if seam == "checkpoint" else ())
+    explanation = explain(examine({"train_batch_size": 1, "checkpoint": {"tag_validation": "Fail", **given}}))
+    [setting] = [setting for setting in explanation.settings if setting.path == "checkpoint.engine"]
+    assert (setting.value, setting.kind, setting.origin) == (value, kind, origin)
+    assert [str(found) for found in explanation.notes if found.path.startswith("checkpoint.")] == [note] * bool(note)
 
 
 def test_what_compatibility_mode_drops_is_a_note_and_no_value() -> None:

@@ -40,7 +40,7 @@ def test_what_the_configuration_alone_shows():
             "zero_optimization": {"stage": 0, "reduce_bucket_size": 1000},
             "fp16": {"enabled": False, "loss_scale": 0},
             "zero_allow_untested_optimizer": True,
-            "checkpoint": {"sharded": {"writers": 4}},
+            "checkpoint": {"engine": "plain", "sharded": {"writers": 4}},
         }
     )
     assert found == {

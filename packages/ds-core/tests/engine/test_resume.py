@@ -41,6 +41,7 @@ def start(seed: int, accumulation: int = ACCUMULATION, samples: int = 60):
         config={
             "train_micro_batch_size_per_gpu": 3,
             "gradient_accumulation_steps": accumulation,
+            "checkpoint": {"engine": "plain"},
             "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}},
             "scheduler": {
                 "type": "WarmupDecayLR",

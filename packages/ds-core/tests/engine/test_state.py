@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +16,11 @@ from ds_core.checkpoint.plain import PlainReader
 from ds_core.errors import CheckpointError
 from ds_core.testing.ranks import expect_rank_errors, run_ranks
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-CONFIG = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 2,
+    "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+    "checkpoint": {"engine": "plain"},
+}
 
 
 class WithExtraState(torch.nn.Linear):
@@ -114,3 +115,41 @@ def load_what_others_wrote(folder: Path) -> None:
 
 def test_what_others_wrote_may_lack_the_optimizer_and_generators(tmp_path):
     run_ranks([partial(load_what_others_wrote, tmp_path)], 1, timeout_s=20)
+
+
+def test_a_url_is_refused_by_an_engine_that_knows_of_paths_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    engine = start()
+    for act in (engine.save_checkpoint, engine.load_checkpoint):
+        with pytest.raises(CheckpointError, match="PlainCheckpoint takes paths, and no URL such as s3://") as caught:
+            act("s3://bucket/run")
+        assert "ds-ckpt" in caught.value.fix
+        assert "sharded" in caught.value.fix
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_that_was_made_of_a_url_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    engine = start()
+    for act in (engine.save_checkpoint, engine.load_checkpoint):
+        with pytest.raises(CheckpointError, match="lost one of its slashes"):
+            act(Path("s3://bucket/run"))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "s3:").mkdir()  # somebody means it
+    engine.save_checkpoint(Path("s3:/run"))
+    engine.load_checkpoint("s3:/run")
+
+
+def test_a_url_reaches_an_engine_that_takes_it_as_text(monkeypatch):
+    engine = start()
+    seen = []
+    checkpoint = type(engine.parts.checkpoint)
+    monkeypatch.setattr(checkpoint, "takes_urls", True)
+    monkeypatch.setattr(
+        checkpoint, "save", lambda _self, directory, tag, *_rest, **_options: seen.append((directory, tag))
+    )
+    monkeypatch.setattr(checkpoint, "read_latest", lambda _self, directory: seen.append(directory) or "tag")
+    engine.save_checkpoint("s3://bucket/run", tag="tag")
+    with pytest.raises(CheckpointError):
+        engine.load_checkpoint("s3://bucket/run")
+    assert seen == [("s3://bucket/run", "tag"), "s3://bucket/run"]

@@ -6,14 +6,9 @@ file is also the script that does it: it imports torch once, and forks for every
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
-import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,33 +16,22 @@ import torch
 
 import ds_core
 from ds_core import comm
+from ds_core.testing import crash
 
-TIMEOUT_S = 30.0
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
     "optimizer": {"type": "AdamW", "params": {"lr": 0.05}},
     "log_level": "error",
+    "checkpoint": {"engine": "plain"},
 }
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_save_killed_at_any_point_leaves_a_whole_checkpoint(world_size, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), str(world_size)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    cases = json.loads(done.stdout.splitlines()[-1])
+    cases = crash.run_script(__file__, tmp_path, world_size)
     for tag in ("same", "new"):
         for killed_rank in range(world_size):
-            found = [case for case in cases if (case["tag"], case["rank"]) == (tag, killed_rank)]
+            found = [case for case in cases if (case["name"], case["rank"]) == (tag, killed_rank)]
             # A rank's own file is synced and renamed in its folder; rank 0 goes on with the manifest and ``latest``.
             assert len(found) >= (10 if killed_rank == 0 else 3), "too few points to mean anything"
             loaded = [case["loaded"] for case in found]
@@ -79,52 +63,32 @@ def everything(engine) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in found.items()}
 
 
-def die_before(point: int) -> None:
-    """Kill this process before its ``point``-th rename, sync or removal of a file."""
-    seen = 0
-
-    def counted(call):
-        def instead(*args, **kwargs):
-            nonlocal seen
-            if seen == point:
-                os.kill(os.getpid(), signal.SIGKILL)
-            seen += 1
-            return call(*args, **kwargs)
-
-        return instead
-
-    os.fsync = counted(os.fsync)
-    Path.replace = counted(Path.replace)
-    Path.unlink = counted(Path.unlink)
-
-
 def join(rank: int, world_size: int, store: Path) -> None:
     comm.init_distributed(init_method=store.as_uri(), rank=rank, world_size=world_size, verbose=False)
 
 
-def first_save(folder: Path, rank: int, world_size: int, store: Path) -> None:
+def first_save(folder: Path, root: Path, rank: int, world_size: int, store: Path) -> None:
     """Save after one step; note what is there then and after another one."""
     join(rank, world_size, store)
     engine = build()
     for step in (1, 2):
         train_a_step(engine)
         if rank == 0:
-            torch.save(everything(engine), folder.parent / f"expected_{step}.pt")
+            torch.save(everything(engine), root / f"expected_{step}.pt")
         if step == 1:
             engine.save_checkpoint(folder, tag="same", client_state={"step": 1})
 
 
-def killed_save(folder: Path, rank: int, world_size: int, store: Path, tag: str, victim: int, point: int) -> None:
+def killed_save(folder: Path, rank: int, world_size: int, store: Path, tag: str) -> None:
     join(rank, world_size, store)
     engine = build()
     engine.load_checkpoint(folder)
     train_a_step(engine)
-    if rank == victim:
-        die_before(point)
+    crash.ready()
     engine.save_checkpoint(folder, tag=tag, client_state={"step": 2})
 
 
-def check(folder: Path, tag: str, report: Path) -> None:
+def check(folder: Path, tag: str, root: Path) -> int:
     """Load what ``latest`` names, and every tag that must be there; then save again over what the crash left."""
     comm.init_distributed()
     engine = build()
@@ -133,7 +97,7 @@ def check(folder: Path, tag: str, report: Path) -> None:
         _, client_state = engine.load_checkpoint(folder, tag=wanted)
         step = client_state["step"]
         assert engine.global_steps == step
-        expected = torch.load(folder.parent / f"expected_{step}.pt", weights_only=True)
+        expected = torch.load(root / f"expected_{step}.pt", weights_only=True)
         found = everything(engine)
         assert found.keys() == expected.keys()
         different = [name for name in expected if not torch.equal(found[name], expected[name])]
@@ -148,37 +112,7 @@ def check(folder: Path, tag: str, report: Path) -> None:
     files = json.loads((folder / tag / "checkpoint.json").read_text())["files"]
     assert sorted(os.listdir(folder / tag)) == sorted(["checkpoint.json", *files]), "leftovers of the crash"  # noqa: PTH208
     assert not list(folder.glob("*.tmp")), "leftovers of the crash"
-    report.write_text(str(loaded))
-
-
-def fork(work, *args) -> int:
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            # A rank whose peer was killed must end by itself; what does not is shown, and ended.
-            faulthandler.dump_traceback_later(TIMEOUT_S, exit=True)
-            work(*args)
-            code = 0
-        except Exception:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return pid
-
-
-def end_of(pids: list[int]) -> list[int]:
-    """Return how each process ended: its exit code, or minus the signal."""
-    ends, until = {}, time.monotonic() + TIMEOUT_S + 10
-    while len(ends) < len(pids):
-        for pid in pids:
-            if pid not in ends and (status := os.waitpid(pid, os.WNOHANG))[0]:
-                ends[pid] = os.waitstatus_to_exitcode(status[1])
-        assert time.monotonic() < until
-        time.sleep(0.002)
-    return [ends[pid] for pid in pids]
+    return loaded
 
 
 def import_everything() -> None:
@@ -205,29 +139,19 @@ def main(root: Path, world_size: int) -> None:
     import_everything()
     before = root / "before"
     before.mkdir()
-    ends = end_of([fork(first_save, before, rank, world_size, root / "store") for rank in range(world_size)])
-    assert ends == [0] * world_size
-    cases = []
-    for tag in ("same", "new"):
-        for victim in range(world_size):
-            for point in range(60):
-                folder = root / f"{tag}_{victim}_{point}"
-                shutil.copytree(before, folder)
-                store = root / f"store_{tag}_{victim}_{point}"
-                args = (world_size, store, tag, victim, point)
-                ends = end_of([fork(killed_save, folder, rank, *args) for rank in range(world_size)])
-                if ends[victim] == 0:
-                    assert ends == [0] * world_size, "nobody was killed"
-                    break
-                assert ends[victim] == -signal.SIGKILL
-                # The other one hears of it where it waits for the victim; it may have ended before.
-                assert all(end in (0, 1) for rank, end in enumerate(ends) if rank != victim), ends
-                report = root / "report"
-                assert end_of([fork(check, folder, tag, report)]) == [0], f"killed rank {victim} before {point}, {tag}"
-                cases.append({"tag": tag, "rank": victim, "point": point, "loaded": int(report.read_text())})
-            else:
-                raise AssertionError("a save of more than 60 operations")
-    print(json.dumps(cases))
+    first = [crash.fork(first_save, before, root, rank, world_size, root / "store") for rank in range(world_size)]
+    assert crash.ends_of(first) == [0] * world_size
+    cases = crash.kill_everywhere(
+        root,
+        before,
+        world_size,
+        ("same", "new"),
+        lambda folder, rank, store, tag: killed_save(folder, rank, world_size, store, tag),
+        lambda folder, tag: check(folder, tag, root),
+        # Writing is cut everywhere in the contract of checkpoint engines.
+        only=("sync", "rename", "remove"),
+    )
+    print(crash.as_json(cases))
 
 
 if __name__ == "__main__":

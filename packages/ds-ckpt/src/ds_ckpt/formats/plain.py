@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
-from ds_ckpt.checks import ITEM_BYTES, Field, check_chunks, damaged, open_inside, parse_json, read_inside
+from ds_ckpt.checks import ITEM_BYTES, MAX_JSON_BYTES, Field, check_chunks, damaged, parse_json
+from ds_ckpt.storage import folder_at
 from ds_ckpt.stored import Stored, StoredChunk, StoredFile, StoredTensor
 from ds_core.checkpoint.folder import MANIFEST
+from ds_core.checkpoint.safetensors_format import WORDS
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import LogicalTensor
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from ds_ckpt.storage import Folder
     from ds_ckpt.stored import Key
 
 __all__ = ["is_plain", "read_manifest", "read_plain"]
@@ -23,30 +25,18 @@ FORMAT = "ds-plain"
 FORMAT_VERSION = 1
 _MAX_HEADER_BYTES = 10**8
 """The limit of safetensors itself."""
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
+_DTYPES = {word: dtype for dtype, word in WORDS.items()}
 """Word of the safetensors format -> torch's."""
 
 
-def read_plain(folder: Path) -> Stored:
+def read_plain(folder: Folder | Path) -> Stored:
     """Return what the checkpoint in ``folder`` holds. It has sizes, and no checksums.
 
     Raises:
         CheckpointError: the manifest or a header is damaged or says what cannot be; a file is missing or cut short.
     """
-    return read_manifest(parse_json(read_inside(folder, MANIFEST), folder, MANIFEST), folder)
+    place = folder_at(folder)
+    return read_manifest(parse_json(place.read(MANIFEST, MAX_JSON_BYTES), place, MANIFEST), place)
 
 
 def is_plain(manifest: Any) -> bool:
@@ -54,14 +44,14 @@ def is_plain(manifest: Any) -> bool:
     return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
-def read_manifest(manifest: Any, folder: Path) -> Stored:
+def read_manifest(manifest: Any, folder: Folder) -> Stored:
     """:func:`read_plain` of a manifest that was parsed already."""
     top = Field(manifest, "", folder, MANIFEST)
     version = top["version"].whole()
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"this checkpoint has version {version} of its format, known is {FORMAT_VERSION}",
-            where=str(folder / MANIFEST),
+            where=f"{folder}/{MANIFEST}",
             fix="pip install --upgrade ds-core ds-ckpt",
         )
     if not is_plain(manifest) or version != FORMAT_VERSION:
@@ -79,7 +69,7 @@ def read_manifest(manifest: Any, folder: Path) -> Stored:
 
 
 def _read_file(
-    file: StoredFile, folder: Path, world_size: int, found: dict[Key, tuple[LogicalTensor, list[StoredChunk]]]
+    file: StoredFile, folder: Folder, world_size: int, found: dict[Key, tuple[LogicalTensor, list[StoredChunk]]]
 ) -> Mapping[str, Any]:
     """Add the chunks of a file to ``found``, and return the state of the rank that wrote it."""
     header, start = _read_header(file, folder)
@@ -102,18 +92,19 @@ def _read_file(
     return tables["rank_state"].object()
 
 
-def _read_header(file: StoredFile, folder: Path) -> tuple[Field, int]:
+def _read_header(file: StoredFile, folder: Folder) -> tuple[Field, int]:
     """Return the header of a safetensors file, and where its tensors start."""
-    descriptor = open_inside(folder, file.name)
-    with os.fdopen(descriptor, "rb") as opened:
-        size = os.fstat(descriptor).st_size
-        if size != file.nbytes:
-            raise damaged(f"a file of the checkpoint has {size} bytes instead of {file.nbytes}", folder, file.name)
-        nbytes = int.from_bytes(opened.read(8), "little")
-        if nbytes > min(size - 8, _MAX_HEADER_BYTES):
-            raise damaged(f"a header of {nbytes} bytes in a file of {size}", folder, file.name)
-        data = opened.read(nbytes)
-    return Field(parse_json(data, folder, file.name, "the header"), "", folder, file.name), 8 + nbytes
+    opened = folder.open(file.name)
+    if opened.nbytes != file.nbytes:
+        raise damaged(f"a file of the checkpoint has {opened.nbytes} bytes instead of {file.nbytes}", folder, file.name)
+    start = bytearray(8)
+    opened.read_into(0, memoryview(start))
+    nbytes = int.from_bytes(start, "little")
+    if nbytes > min(file.nbytes - 8, _MAX_HEADER_BYTES):
+        raise damaged(f"a header of {nbytes} bytes in a file of {file.nbytes}", folder, file.name)
+    data = bytearray(nbytes)
+    opened.read_into(8, memoryview(data))
+    return Field(parse_json(bytes(data), folder, file.name, "the header"), "", folder, file.name), 8 + nbytes
 
 
 def _read_row(row: Field, header: Field, start: int, file: str, world_size: int) -> tuple[LogicalTensor, StoredChunk]:

@@ -24,21 +24,23 @@ class written_beside:  # noqa: N801  a context manager, read as a verb
         self.file = self.beside.open("wb")
         return self.file
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None:
-            self._discard()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
+        if error is not None:
+            self._discard(error)
             return
         try:
             self.file.flush()
             os.fsync(self.file.fileno())
             self.file.close()
             self.beside.replace(self.path)
-        except BaseException:
-            self._discard()
+        except BaseException as failure:
+            self._discard(failure)
             raise
         sync_folder(self.path.parent)
 
-    def _discard(self) -> None:
+    def _discard(self, error: BaseException) -> None:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(self.path)  # a full disk is told without one
         # Closing tries to write once more what a full disk did not take; that it fails was told already.
         with contextlib.suppress(OSError):
             self.file.close()

@@ -1,17 +1,16 @@
-"""A safetensors writer that streams, into a file that is whole or absent.
+"""Files of tensors that are whole or absent, written through host memory one tensor at a time.
 
 The safetensors library's own writer wants every tensor in host memory at once; this one holds a single one.
 """
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ds_core.checkpoint.atomic import written_beside
-from ds_core.errors import CheckpointError
+from ds_core.checkpoint.safetensors_format import Entry, write_stream
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,23 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["write_safetensors"]
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""torch dtype -> the word of the safetensors format."""
+__all__ = ["bytes_of", "write_safetensors", "write_torch_file"]
 
 
 def write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]) -> int:
@@ -52,34 +35,32 @@ def write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]], metadat
     Raises:
         CheckpointError: a dtype the format does not have, or two tensors of one name.
         OSError: the disk is full, the folder is read-only, ...; the partial file is removed.
-
-    Reference:
-        https://github.com/huggingface/safetensors#format
     """
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    at = 0
-    for name, tensor in tensors:
-        if tensor.dtype not in _DTYPES:
-            raise CheckpointError(
-                f"dtype {tensor.dtype} cannot be stored in a safetensors file",
-                where=f"tensor {name!r}",
-                fix=f"one of {', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)}",
-            )
-        if name in header:
-            raise CheckpointError(f"two tensors of one file are called {name!r}", where=str(path), fix="rename one")
-        end = at + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, so that readers can map them
+    entries = [Entry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors]
+    waiting = iter(tensors)
+    return write_stream(path, entries, metadata, lambda _: [bytes_of(next(waiting)[1])])
+
+
+def write_torch_file(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Write what ``torch.load`` reads; names of one tensor share its storage there too. Durable on return.
+
+    Args:
+        path: written as ``path.tmp`` beside, then renamed.
+        tensors: by name. A view is stored without the rest of its storage.
+    """
+    copies: dict[int, Tensor] = {}
+    content = dict(tensors)
+    for name, value in tensors.items():
+        # torch.save stores all of a view's storage, in every file that has one of its views.
+        if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() != value.nbytes:
+            if id(value) not in copies:
+                copies[id(value)] = value.clone()
+            content[name] = copies[id(value)]
     with written_beside(path) as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for _, tensor in tensors:
-            file.write(_bytes_of(tensor))
-    return 8 + len(text) + at
+        torch.save(content, file)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the elements of ``tensor``, row by row, as bytes; no copy where it lies in host memory like that."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from ds_core.checkpoint.atomic import replace_text
@@ -10,11 +11,23 @@ from ds_core.errors import CheckpointError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["LATEST", "MANIFEST", "check_tag", "complete_tags", "read_latest", "write_latest"]
+__all__ = ["LATEST", "MANIFEST", "check_tag", "complete_tags", "is_url", "read_latest", "write_latest"]
 
 LATEST = "latest"
 MANIFEST = "checkpoint.json"
 """Its presence makes a folder a checkpoint: it is written last."""
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
+
+
+def is_url(directory: object) -> bool:
+    """Return whether a directory is a URL; a path object never is, it has lost one of the slashes.
+
+    >>> is_url("s3://bucket/run"), is_url("runs/first"), is_url("/data/a://b")
+    (True, False, False)
+    """
+    return isinstance(directory, str) and _URL.match(directory) is not None
 
 
 def check_tag(tag: object) -> str:
@@ -46,7 +59,7 @@ def read_latest(directory: Path) -> str:
     """Return the tag that ``directory/latest`` names.
 
     Raises:
-        CheckpointError: there is no such folder, or no such file in it.
+        CheckpointError: there is no such folder, no such file in it, or it names no tag.
     """
     if not directory.is_dir():
         raise CheckpointError(
@@ -55,15 +68,21 @@ def read_latest(directory: Path) -> str:
             fix="check the path; save_checkpoint creates it",
         )
     try:
-        tag = (directory / LATEST).read_text().strip()
-    except FileNotFoundError:
-        found = complete_tags(directory)
-        raise CheckpointError(
-            "there is no file 'latest' that names the checkpoint to load",
-            where=str(directory),
-            fix=f"pass tag=, one of {', '.join(found)}" if found else "check the path: no checkpoint is in it",
-        ) from None
-    return check_tag(tag)
+        content = (directory / LATEST).read_bytes()
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise _not_named(directory, "there is no file 'latest' that names the checkpoint to load") from None
+        raise _not_named(directory, f"the file 'latest' cannot be read: {error.strerror}") from error
+    try:
+        return check_tag(content.decode().strip())
+    except (CheckpointError, UnicodeDecodeError):
+        raise _not_named(directory, f"the file 'latest' holds {content[:80]!r}, which is no tag") from None
+
+
+def _not_named(directory: Path, what: str) -> CheckpointError:
+    found = complete_tags(directory)
+    fix = f"pass tag=, one of {', '.join(found)}" if found else "check the path: no checkpoint is in it"
+    return CheckpointError(what, where=str(directory), fix=fix)
 
 
 def write_latest(directory: Path, tag: str) -> None:

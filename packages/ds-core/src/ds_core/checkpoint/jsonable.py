@@ -8,14 +8,14 @@ from __future__ import annotations
 import base64
 import math
 from collections import Counter, OrderedDict, defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ds_core.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "leaves"]
 
 _TAG = "$ds"
 _MAPPINGS: tuple[type[dict[Any, Any]], ...] = (OrderedDict, Counter)
@@ -136,3 +136,50 @@ def decode(value: Any) -> Any:
         flat = torch.frombuffer(data, dtype=torch.uint8).view(dtype) if data else torch.empty(0, dtype=dtype)
         return flat.reshape(value["shape"])
     raise CheckpointError(f"unknown tag {tag!r} in the JSON part", where="checkpoint", fix="upgrade ds-core")
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value inside ``value``, which is encoded, with the way to it; tensors stay as they are encoded.
+
+    What no :func:`encode` wrote is taken as plain JSON. An empty list or dictionary is a leaf.
+
+    >>> list(leaves({"lr": 0.5, "betas": {"$ds": "tuple", "value": [1, {"$ds": "float", "value": "inf"}]}}))
+    [('lr', 0.5), ('betas[0]', 1), ('betas[1]', inf)]
+    """
+    waiting = [(path, value)]  # not recursive: a file may be nested deeper than Python calls
+    while waiting:
+        at, item = waiting.pop()
+        inner = _inside(item, at)
+        if inner:
+            waiting += reversed(inner)
+        else:
+            yield at, _number(item)
+
+
+def _inside(value: Any, path: str) -> list[tuple[str, Any]]:
+    """Return what is directly in ``value``, with the way to it; nothing in a leaf."""
+    if isinstance(value, dict):
+        tag, inner = value.get(_TAG), value.get("value", [])
+        if tag == "tuple" and isinstance(inner, list):
+            return _inside(inner, path)
+        if tag in ("dict", *(mapping.__name__ for mapping in _MAPPINGS)) and _are_pairs(inner):
+            return [(_step(path, key), item) for key, item in inner]
+        return [] if tag in ("float", "tensor") else [(_step(path, key), item) for key, item in value.items()]
+    return [(f"{path}[{index}]", item) for index, item in enumerate(value)] if isinstance(value, list) else []
+
+
+def _are_pairs(value: Any) -> TypeGuard[list[list[Any]]]:
+    return isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+
+
+def _step(path: str, key: Any) -> str:
+    if not isinstance(key, str):
+        return f"{path}[{key!r}]"
+    return f"{path}.{key}" if path else key
+
+
+def _number(value: Any) -> Any:
+    """Return the number that ``value`` stands for, where it is one that JSON has not; else itself."""
+    if isinstance(value, dict) and value.get(_TAG) == "float" and value.get("value") in ("inf", "-inf", "nan"):
+        return float(value["value"])
+    return value

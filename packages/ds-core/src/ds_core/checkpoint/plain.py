@@ -14,15 +14,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from ds_core import registry
 from ds_core.checkpoint.atomic import replace_text, sync_folder
 from ds_core.checkpoint.files import write_safetensors
 from ds_core.checkpoint.folder import MANIFEST, complete_tags, read_latest, write_latest
-from ds_core.checkpoint.saving import agree_on_id, chunk_key, file_name, place_in, remove_leftovers, together
+from ds_core.checkpoint.pieces import Filling, describe, from_row, written_by
+from ds_core.checkpoint.saving import agree_on_id, file_name, place_in, remove_leftovers, together
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.checkpoint import CheckpointEngine, CheckpointReader
-from ds_core.interfaces.logical import Box, Chunk, LogicalTensor, Piece, Snapshot, overlaps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ds_core.interfaces.checkpoint import Directory
+    from ds_core.interfaces.logical import Chunk, LogicalTensor, Piece, Snapshot
 
 __all__ = ["FORMAT_VERSION", "PlainCheckpoint", "PlainReader"]
 
@@ -60,15 +60,9 @@ class PlainCheckpoint(CheckpointEngine):
 
     def _write_own(self, folder: Path, name: str, rank: int, snapshot: Snapshot) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        # A chunk without elements says nothing, unless the tensor has none at all; such a one is stored once.
-        by_key = {
-            chunk_key(p.of, p.chunk): p
-            for p in snapshot.pieces
-            if p.writer == rank and (p.chunk.length or not p.of.numel)
-        }
         # Wide dtypes first: then every tensor starts at a multiple of its item size.
-        mine = dict(sorted(by_key.items(), key=lambda item: -item[1].data.element_size()))
-        table = [_describe(piece) for piece in mine.values()]
+        mine = dict(sorted(written_by(rank, snapshot.pieces).items(), key=lambda item: -item[1].data.element_size()))
+        table = [describe(piece) for piece in mine.values()]
         write_safetensors(
             folder / name,
             [(key, piece.data) for key, piece in mine.items()],
@@ -92,20 +86,6 @@ class PlainCheckpoint(CheckpointEngine):
         if latest:
             write_latest(directory, tag)
         remove_leftovers(folder, keep=names)
-
-
-def _describe(piece: Piece) -> dict[str, Any]:
-    of, chunk = piece.of, piece.chunk
-    return {
-        "key": chunk_key(of, chunk),
-        "name": of.name,
-        "kind": of.kind,
-        "shape": of.shape,
-        "dtype": of.dtype,
-        "rank": of.rank,
-        "box": [chunk.box.start, chunk.box.size],
-        "interval": [chunk.offset, chunk.length],
-    }
 
 
 class PlainReader(CheckpointReader):
@@ -135,9 +115,12 @@ class PlainReader(CheckpointReader):
         return [of for of, _ in self._stored.values()]
 
     def read(self, wanted: Sequence[Piece]) -> None:
-        with torch.no_grad():
-            for piece in wanted:
-                self._read_piece(piece)
+        for piece in wanted:
+            of, chunks = self._stored.get((piece.of.name, piece.of.kind, piece.of.rank), (None, []))
+            filling = Filling(piece, of, str(self._folder))
+            for chunk, data in chunks:
+                filling.take(chunk, data)
+            filling.end()
 
     def close(self) -> None:
         self._stored.clear()
@@ -156,9 +139,7 @@ class PlainReader(CheckpointReader):
                 metadata = file.metadata()
                 self._rank_states.append(json.loads(metadata["rank_state"]))
                 for row in json.loads(metadata["pieces"]):
-                    of = LogicalTensor(row["name"], row["kind"], tuple(row["shape"]), row["dtype"], row["rank"])
-                    start, box_size = row["box"]
-                    chunk = Chunk(Box(tuple(start), tuple(box_size)), *row["interval"])
+                    of, chunk = from_row(row)
                     chunks = self._stored.setdefault((of.name, of.kind, of.rank), (of, []))[1]
                     chunks.append((chunk, file.get_tensor(row["key"])))
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -169,40 +150,6 @@ class PlainReader(CheckpointReader):
         fix = f"load another one, such as tag={others[-1]!r}" if others else "restore the file from a copy"
         return CheckpointError(what, where=str(path), fix=fix)
 
-    def _read_piece(self, piece: Piece) -> None:
-        of = piece.of
-        label = f"{of.kind} {of.name!r}"
-        stored = self._stored.get((of.name, of.kind, of.rank))
-        if stored is None:
-            raise CheckpointError(
-                f"the checkpoint has no {label}",
-                where=str(self._folder),
-                fix="load it into the model that wrote it, or pass load_module_strict=False to leave it as it is",
-            )
-        if stored[0].shape != of.shape:
-            raise CheckpointError(
-                f"{label} has shape {list(stored[0].shape)} in the checkpoint and {list(of.shape)} in the model",
-                where=str(self._folder),
-                fix="load it into a model of the same sizes",
-            )
-        filled = 0
-        target = piece.data if piece.data.is_contiguous() else torch.empty_like(piece.data).contiguous()
-        flat = target.view(-1)
-        for chunk, data in stored[1]:
-            source = data.reshape(-1)
-            for part in overlaps(chunk, piece.chunk):
-                a, b = part.source, part.target
-                from_box = source[a.offset : a.offset + a.box.numel].view(a.box.size)[part.source_slices]
-                to_box = flat[b.offset : b.offset + b.box.numel].view(b.box.size)[part.target_slices]
-                to_box.copy_(from_box)
-                filled += part.numel
-        if filled != piece.chunk.length:
-            raise CheckpointError(
-                f"{label}: the checkpoint has {filled} of {piece.chunk.length} elements", where=str(self._folder)
-            )
-        if target is not piece.data:
-            piece.data.copy_(target.view_as(piece.data))
-
 
 def _read_manifest(directory: Path, tag: str) -> dict[str, Any]:
     path = directory / tag / MANIFEST
@@ -212,6 +159,8 @@ def _read_manifest(directory: Path, tag: str) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:
         half = path.parent.is_dir()
+        if half and _is_deepspeed(path.parent):
+            raise _of_another_engine("this checkpoint was written by DeepSpeed", path.parent) from None
         what = (
             f"checkpoint {tag!r} is not complete: it has no {MANIFEST}" if half else f"there is no checkpoint {tag!r}"
         )
@@ -219,6 +168,8 @@ def _read_manifest(directory: Path, tag: str) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"the manifest is damaged: {error}", where=str(path), fix=fix) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        if isinstance(manifest, dict) and manifest.get("format") == "ds-sharded":
+            raise _of_another_engine("this checkpoint has format 'ds-sharded'", path)
         raise CheckpointError(
             f"this checkpoint was not written by the engine 'plain' but by {str(manifest)[:40]!r}"
             if not isinstance(manifest, dict)
@@ -233,3 +184,17 @@ def _read_manifest(directory: Path, tag: str) -> dict[str, Any]:
             fix="pip install --upgrade ds-core",
         )
     return manifest
+
+
+def _is_deepspeed(folder: Path) -> bool:
+    """Return whether ``folder`` has files named as DeepSpeed names them."""
+    return next(folder.glob("*_states.pt"), None) is not None or (folder / "zero" / "optimizer_state.pt").is_file()
+
+
+def _of_another_engine(what: str, where: Path) -> CheckpointError:
+    is_here = "sharded" in registry.names("checkpoint")
+    return CheckpointError(
+        f"{what}, which the engine 'plain' does not read; 'sharded' of ds-ckpt does",
+        where=str(where),
+        fix='set checkpoint.engine to "sharded", or leave it out' if is_here else "pip install ds-ckpt",
+    )

@@ -23,18 +23,28 @@ if TYPE_CHECKING:
 
     from ds_core.interfaces.logical import LogicalTensor
 
-__all__ = ["agree_on_id", "chunk_key", "file_name", "place_in", "remove_leftovers", "together"]
+__all__ = ["agree_on_id", "chunk_key", "file_name", "is_ours", "place_in", "remove_leftovers", "together"]
 
-_OURS = re.compile(r"rank_\d{5}(_\d+)?-[0-9a-f]{12}\.safetensors(\.tmp)?")
+_OURS = re.compile(r"rank_\d{5}(_\d+)?-[0-9a-f]{12}\.(safetensors(\.tmp)?|pt.*)")
+"""``.pt`` and what follows: files of an engine that was written for DeepSpeed's interface, see ``adapter.py``."""
 
 
-def file_name(rank: int, save_id: str, part: int | None = None) -> str:
+def file_name(rank: int, save_id: str, part: int | None = None, *, suffix: str = "safetensors") -> str:
     """Return the name of a rank's file, or of one of its files.
 
     >>> file_name(3, "0123456789ab"), file_name(3, "0123456789ab", 1)
     ('rank_00003-0123456789ab.safetensors', 'rank_00003_1-0123456789ab.safetensors')
     """
-    return f"rank_{rank:05d}{'' if part is None else f'_{part}'}-{save_id}.safetensors"
+    return f"rank_{rank:05d}{'' if part is None else f'_{part}'}-{save_id}.{suffix}"
+
+
+def is_ours(name: str) -> bool:
+    """Return whether a file, by its name, is one that a save wrote or left half written.
+
+    >>> is_ours(file_name(3, "0123456789ab")), is_ours("model.safetensors")
+    (True, False)
+    """
+    return _OURS.fullmatch(name) is not None
 
 
 def chunk_key(of: LogicalTensor, chunk: Chunk) -> str:
@@ -49,11 +59,9 @@ def chunk_key(of: LogicalTensor, chunk: Chunk) -> str:
 
 def place_in(group: ProcessGroup | None) -> tuple[int, int]:
     """Return (rank, world size) in ``group``; None is one process alone."""
-    if group is None:
-        return 0, 1
-    import torch.distributed as dist
-
-    return dist.get_rank(group), dist.get_world_size(group)
+    # Asked of the group itself: torch.distributed.get_rank(group) needs the default group, which a script may have
+    # destroyed while a save in the background goes on over a group of its own.
+    return (0, 1) if group is None else (group.rank(), group.size())
 
 
 def agree_on_id(group: ProcessGroup | None) -> str:
@@ -66,10 +74,10 @@ def agree_on_id(group: ProcessGroup | None) -> str:
     return chosen[0]
 
 
-def together(work: Callable[[], object], folder: Path, group: ProcessGroup | None) -> None:
+def together(work: Callable[[], object], folder: object, group: ProcessGroup | None) -> None:
     """Run a part of a save into ``folder``; if it fails on one rank it fails on all, with that rank's reason.
 
-    Collective.
+    Collective. ``folder`` is for errors: a path, or what is printed as a URL.
     """
     failure: CheckpointError | None = None
     try:
@@ -94,7 +102,7 @@ def together(work: Callable[[], object], folder: Path, group: ProcessGroup | Non
 def remove_leftovers(folder: Path, *, keep: Collection[str]) -> None:
     """Remove what earlier saves under a tag left, and nothing of anybody else's; the new save is complete by now."""
     for path in sorted(folder.iterdir()):
-        if _OURS.fullmatch(path.name) and path.name not in keep:
+        if is_ours(path.name) and path.name not in keep:
             try:
                 path.unlink()
             except OSError as error:

@@ -18,6 +18,7 @@ from ds_core.comm.groups import (
     init_distributed,
     is_initialized,
     leave_collectives_alone,
+    wait_before_destroy,
 )
 from ds_core.comm.together import broadcast_tensors, raise_together, same_on_all_ranks
 
@@ -35,6 +36,7 @@ __all__ = [
     "leave_collectives_alone",
     "raise_together",
     "same_on_all_ranks",
+    "wait_before_destroy",
 ]
 
 _TORCH = frozenset(

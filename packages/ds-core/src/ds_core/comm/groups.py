@@ -7,6 +7,7 @@ import gc
 import importlib
 import os
 import sys
+import traceback
 import weakref
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ __all__ = [
     "init_distributed",
     "is_initialized",
     "leave_collectives_alone",
+    "wait_before_destroy",
 ]
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -138,6 +140,15 @@ def destroy_at_exit(owner: Any) -> None:
     _owners.add(owner)
 
 
+_unfinished: weakref.WeakSet[Any] = weakref.WeakSet()
+"""What talks to other ranks from a thread of its own."""
+
+
+def wait_before_destroy(work: Any) -> None:
+    """Have ``work.wait()`` called before :func:`destroy_process_group` takes away the group that it needs."""
+    _unfinished.add(work)
+
+
 _left_alone: bool = False
 """A collective was started whose peers may never come."""
 
@@ -172,10 +183,21 @@ def _leave_in_order() -> None:
         os._exit(1)
     if hasattr(sys, "last_value"):
         return
+    failed = False
     for owner in list(_owners):
-        owner.destroy()
+        try:
+            owner.destroy()
+        except Exception:
+            # Such as a checkpoint that could not be completed. Out of an atexit function it would be printed, and the
+            # exit code stay 0.
+            traceback.print_exc()
+            failed = True
     gc.collect()
     destroy_process_group()
+    if failed:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def is_initialized() -> bool:
@@ -230,10 +252,14 @@ def barrier(group: ProcessGroup | None = None) -> None:
 
 
 def destroy_process_group(group: ProcessGroup | None = None) -> None:
+    """Let ``group`` go, all groups if None, once what still writes a checkpoint in the background has ended."""
     global _left_alone
     import torch.distributed as dist
 
     if is_initialized():
+        if group is None:
+            for work in list(_unfinished):
+                work.wait()
         dist.destroy_process_group(group)
     if group is None:
         _left_alone = False

@@ -9,7 +9,14 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 
 from ds_core.config.problems import raise_problems, validate
 from ds_core.config.section import Count, DtypeName, Int, NoEffect, NotBuilt, Number, PositiveInt, Section, lowered
-from ds_core.config.sections.choices import CheckpointSection, ChoiceSection, PartitionSection, PrecisionSection
+from ds_core.config.sections.choices import (
+    PLAIN,
+    SHARDED,
+    CheckpointSection,
+    ChoiceSection,
+    PartitionSection,
+    PrecisionSection,
+)
 from ds_core.config.sections.monitors import CsvMonitorSection
 from ds_core.config.sections.optimizer import OptimizerSection, SchedulerSection
 from ds_core.config.sections.precision import Bf16Section, DataTypesSection, Fp16Section, TorchAutocastSection
@@ -223,6 +230,10 @@ class Config(Section):
             return chosen
         if section == "partition":
             return "replicated" if self.zero_optimization.stage == 0 else str(self.zero_optimization.stage)
+        if section == "checkpoint":
+            from ds_core import registry  # slow to import; it reads names, and imports no plugin
+
+            return SHARDED if SHARDED in registry.names("checkpoint") else PLAIN
         return next((name for name in ("fp16", "bf16", "torch_autocast") if self.enables(name)), "fp32")
 
     def options(self, section: str, name: str, model: type[S] | None) -> S | None:

@@ -205,6 +205,12 @@ def _why_off(config: Config, name: str, section: Section) -> str:
 def _derived(setting: Setting, config: Config) -> Setting:
     if setting.keys == ("zero_optimization", "overlap_comm") and setting.kind in ("default", "derived"):
         return replace(setting, kind="derived", origin=f"derived: stage {config.zero_optimization.stage}")
+    if setting.keys == ("checkpoint", "engine") and setting.value is None:
+        value, by = config.plugin("checkpoint"), config.checkpoint.chosen_by
+        if by is not None:
+            return replace(setting, value=value, kind="derived", origin=f"derived: {by}")
+        # Null is a value of the key's own, so it counts as written.
+        return replace(setting, value=value) if setting.kind == "default" else given_default(setting.keys, value, None)
     return setting
 
 

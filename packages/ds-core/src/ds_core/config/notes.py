@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from ds_core.config.effects import without_effect
 from ds_core.config.paths import dotted, is_open
+from ds_core.config.section import show
+from ds_core.config.sections.choices import PLAIN, SHARDED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -69,6 +71,13 @@ def _hints(config: Config, groups: Sequence[Group]) -> Iterator[Note]:
     clip = next(setting for setting in groups[0].settings if setting.path == "gradient_clipping")
     if clip.kind == "default":
         yield Note("hint", "", f"gradients are clipped at norm {clip.value}, the default; gradient_clipping sets it")
+    engines = [s for group in groups for s in group.settings if s.path == "checkpoint.engine" and s.kind == "default"]
+    if engines:
+        yield Note(
+            "hint",
+            "checkpoint.engine",
+            f"left out, it is {show(SHARDED)} where ds-ckpt is installed, else {show(PLAIN)}",
+        )
 
 
 def _missing_packages(config: Config) -> Iterator[tuple[str, str]]:
@@ -88,6 +97,6 @@ def _plugins(config: Config) -> Iterator[tuple[str, str, str]]:
     yield "precision", precision, "precision.type" if config.precision.chosen else f"{precision}.enabled"
     partition = config.plugin("partition")
     yield "partition", partition, "partition.type" if config.partition.chosen else "zero_optimization.stage"
-    yield "checkpoint", config.plugin("checkpoint"), "checkpoint.engine"
+    yield "checkpoint", config.plugin("checkpoint"), config.checkpoint.chosen_by or "checkpoint.engine"
     if config.optimizer is not None:
         yield "optimizer", config.optimizer.type.lower(), "optimizer.type"

@@ -225,7 +225,7 @@ def _problem(
         close = nearest(value, context["expected"].replace("'", "").replace(" or ", ", ").split(", "))
         fix = f'did you mean "{close}"?' if close else None
     elif kind == "not_built":
-        fix = "remove it"
+        fix = context["fix"]
     shown = holder.shown(key, value) if holder is not None and key is not None else show(value)
     return Problem(full, f"got {shown}, {expected}", fix)
 

@@ -297,10 +297,14 @@ class NotBuilt:
 
     accepted: tuple[Any, ...]
     why: str
+    """Why anything else is refused, as it follows what was written."""
+    fix: str
+    """What to do instead."""
 
-    def __init__(self, *accepted: Any, why: str = "which is not built yet") -> None:
+    def __init__(self, *accepted: Any, why: str = "which is not built yet", fix: str = "remove it") -> None:
         object.__setattr__(self, "accepted", accepted)
         object.__setattr__(self, "why", why)
+        object.__setattr__(self, "fix", fix)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
@@ -310,7 +314,9 @@ class NotBuilt:
         if value not in self.accepted:
             allowed = " or ".join(show(accepted) for accepted in self.accepted)
             raise PydanticCustomError(
-                "not_built", "{why}; only {allowed} is accepted", {"why": self.why, "allowed": allowed}
+                "not_built",
+                "{why}; only {allowed} is accepted",
+                {"why": self.why, "allowed": allowed, "fix": self.fix},
             )
         return value
 

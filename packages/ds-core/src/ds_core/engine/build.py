@@ -15,6 +15,7 @@ from torch import nn
 
 from ds_core import comm, registry
 from ds_core.accelerator import get_accelerator
+from ds_core.config.sections.choices import SHARDED
 from ds_core.engine.engine import DeepSpeedEngine
 from ds_core.engine.forward import build_forward
 from ds_core.engine.observers import MonitorObserver, ProgressLine
@@ -97,9 +98,23 @@ def choose(config: Config) -> Choice:
     return Choice(
         precision,
         _load(config, "partition", config.plugin("partition"), by),
-        _load(config, "checkpoint", config.checkpoint.engine, "checkpoint.engine"),
+        _checkpoint(config),
         _monitors(config),
     )
+
+
+def _checkpoint(config: Config) -> type[CheckpointEngine]:
+    name, by = config.plugin("checkpoint"), config.checkpoint.chosen_by
+    found: type[CheckpointEngine] = _load(config, "checkpoint", name, by or "checkpoint.engine")
+    if config.checkpoint.load_universal and not found.reads_universal:
+        # Refused by name where the package is missing, which is how the core came to choose its own.
+        registry.find("checkpoint", SHARDED, needed_by="checkpoint.load_universal")
+        raise ConfigError(
+            f"checkpoint.load_universal is true, and the engine {name!r} does not read DeepSpeed's universal folders",
+            where=f"{by}, in {config.where}",
+            fix=f'set checkpoint.engine to "{SHARDED}", or leave it out',
+        )
+    return found
 
 
 def _load(config: Config, seam: str, name: str, needed_by: str) -> Any:
@@ -185,7 +200,7 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
         accumulation=Accumulation(config.gradient_accumulation_steps),
         clip=Clip(config.gradient_clipping),
         checkpoint=choice.checkpoint(
-            config.options("checkpoint", config.checkpoint.engine, choice.checkpoint.Config), group
+            config.options("checkpoint", config.plugin("checkpoint"), choice.checkpoint.Config), group
         ),
         group=group,
         world_size=comm.get_world_size(group),
@@ -338,13 +353,16 @@ def _check_ranks_agree(
     sizes = (config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps, config.gradient_clipping)
     sections = [getattr(config, name).model_dump() for name in _AGREED]
     facts.append(f"{sizes} {sections} {config.communication_data_type}")
+    # By name, not by section: it also depends on what is installed where a rank runs.
+    facts.append(f"checkpoint engine {config.plugin('checkpoint')}")
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
     differing = comm.same_on_all_ranks(digest, group)
     if differing:
         raise CommError(
             f"model, parameter groups or configuration differ between ranks: {sorted(differing)} differ from rank 0",
             where="initialize",
-            fix="pass the same configuration and the same parameters (order, shapes, requires_grad) on every rank",
+            fix="pass the same configuration and the same parameters (order, shapes, requires_grad) on every rank, "
+            "with the same packages installed",
         )
 
 

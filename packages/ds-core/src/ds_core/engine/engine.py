@@ -198,18 +198,24 @@ class DeepSpeedEngine(EngineFace):
 
         The model stays usable, as ``engine.module``, in the dtype it was stored in; every other use of the engine
         raises. Masters are let go: save a checkpoint before, where their digits are needed.
+
+        Raises:
+            CheckpointError: a save in the background failed, and nobody was told. Everything is let go all the same.
         """
         if self.is_destroyed:
             return
         self.is_destroyed = True
-        self.parts.partition.destroy()
-        for observe in self.parts.observers:
-            close = getattr(observe, "close", None)
-            if close is not None:
-                close()
-        self.training_dataloader = None
-        self._seeds.clear()
-        self.parts = cast("Parts", _Destroyed())
+        try:
+            self.parts.checkpoint.close()
+        finally:
+            self.parts.partition.destroy()
+            for observe in self.parts.observers:
+                close = getattr(observe, "close", None)
+                if close is not None:
+                    close()
+            self.training_dataloader = None
+            self._seeds.clear()
+            self.parts = cast("Parts", _Destroyed())
 
 
 class _Destroyed:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ds_core import comm
+from ds_core.checkpoint.deepspeed_interface import TorchFiles
 from ds_core.engine import state
 from ds_core.engine.config_getters import ConfigGetters
 from ds_core.engine.effects import without_effect_here
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
+    from ds_core.checkpoint.huggingface import Exported
     from ds_core.config import Config
     from ds_core.data import DeepSpeedDataLoader
     from ds_core.engine.engine import Progress
@@ -53,7 +55,6 @@ class EngineFace(ConfigGetters, nn.Module):
         "no_sync": "gradients are reduced only at the end of a window already; leave no_sync() out",
         "coalesce_grad_reduction": "call engine.backward several times before engine.step()",
         "scale": "call engine.backward(loss)",
-        "save_16bit_model": "use save_checkpoint, or module_state_dict() with torch.save",
         "offload_states": "it comes with ds-zero",
         "reload_states": "it comes with ds-zero",
     }
@@ -226,12 +227,12 @@ class EngineFace(ConfigGetters, nn.Module):
 
         Every key that was given and changes nothing here is listed, as ``no effect: <reason>``.
         """
-        parts = self.parts
+        parts, checkpoint = self.parts, self._config.checkpoint
         found = {
             "precision": type(parts.precision).__name__,
             "partition": type(parts.partition).__name__,
             "optimizer": "none" if self.basic_optimizer is None else type(self.basic_optimizer).__name__,
-            "checkpoint": type(parts.checkpoint).__name__,
+            "checkpoint": f"{type(parts.checkpoint).__name__}, {checkpoint.why(self._config.plugin('checkpoint'))}",
             "clipping": f"norm above {parts.clip.max_norm}" if parts.clip.max_norm > 0 else "off",
         }
         if parts.optimizer is not None:
@@ -356,6 +357,65 @@ class EngineFace(ConfigGetters, nn.Module):
             custom=custom_load_fn,
         )
         return state.load(self, load_dir, tag, options)
+
+    # -- weights for others -----------------------------------------------------------------------------------------
+
+    def export_weights(
+        self,
+        save_dir: str | PathLike[str],
+        dtype: str | torch.dtype | None = None,
+        max_shard_size: str | int | None = "5GB",
+        safe_serialization: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> Exported:
+        """Write the weights as ``transformers`` loads them; see :func:`ds_core.engine.export.export_weights`.
+
+        Every rank calls it; the weights need not be whole on any of them.
+        """
+        from ds_core.engine.export import export_weights
+
+        return export_weights(self, save_dir, dtype, max_shard_size, safe_serialization, exclude_frozen_parameters)
+
+    def save_16bit_model(
+        self,
+        save_dir: str | PathLike[str],
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write the weights as the model has them into one file, safetensors if its name ends so. Every rank calls it.
+
+        Returns:
+            True; False at stage 3 without ``stage3_gather_16bit_weights_on_model_save``, where nothing is written.
+        """
+        from ds_core.engine.export import save_16bit_model
+
+        return save_16bit_model(self, save_dir, save_filename, exclude_frozen_parameters)
+
+    def save_fp16_model(self, save_dir: str | PathLike[str], save_filename: str = "pytorch_model.bin") -> bool:
+        """:meth:`save_16bit_model` by its old name."""
+        return self.save_16bit_model(save_dir, save_filename)
+
+    def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, torch.Tensor] | None:
+        """Return all weights on rank 0, None on the others; a ValueError where they are whole on every rank."""
+        from ds_core.engine.export import consolidated
+
+        return consolidated(self, exclude_frozen_parameters, "_consolidated_16bit_state_dict")
+
+    def _zero3_consolidated_16bit_state_dict(
+        self, exclude_frozen_parameters: bool = False
+    ) -> dict[str, torch.Tensor] | None:
+        """Return all weights on rank 0, None on the others; a ValueError below stage 3."""
+        from ds_core.engine.export import consolidated
+
+        return consolidated(self, exclude_frozen_parameters, "_zero3_consolidated_16bit_state_dict")
+
+    @property
+    def checkpoint_engine(self) -> TorchFiles:
+        """DeepSpeed's engine of checkpoint *files*, for scripts that save one of their own.
+
+        Its ``commit()`` waits until what :meth:`save_checkpoint` saved is durable, also where a thread still writes it.
+        """
+        return TorchFiles(lambda: self.parts.checkpoint.commit())
 
     @abstractmethod
     def destroy(self) -> None: ...

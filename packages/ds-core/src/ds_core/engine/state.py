@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,10 @@ import torch
 from torch import nn
 
 from ds_core import comm
-from ds_core.checkpoint.folder import check_tag
+from ds_core.checkpoint.folder import check_tag, is_url
 from ds_core.checkpoint.jsonable import decode, encode
 from ds_core.comm import raise_together, same_on_all_ranks
+from ds_core.engine.names import frozen_names, shared_names
 from ds_core.engine.overflow import OverflowHistory
 from ds_core.engine.parts import Outcome
 from ds_core.engine.rng import capture_rng, restore_rng
@@ -28,11 +30,14 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from ds_core.engine.face import EngineFace
-    from ds_core.interfaces.checkpoint import CheckpointReader
+    from ds_core.interfaces.checkpoint import CheckpointReader, Directory
     from ds_core.interfaces.logical import LogicalTensor
     from ds_core.interfaces.precision import LossScaler, PrecisionPlan
 
-__all__ = ["LoadOptions", "load", "load_weights", "save"]
+__all__ = ["LoadOptions", "extra_state_of", "load", "load_weights", "save"]
+
+
+_WAS_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,9 @@ def save(
     log_dist(f"saved checkpoint {tag!r} in {directory}", level=logging.DEBUG)
 
 
-def _make_folder(directory: Path) -> None:
+def _make_folder(directory: Directory) -> None:
+    if isinstance(directory, str):  # a URL: whatever a store needs is the engine's to make
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -95,13 +102,15 @@ def _make_folder(directory: Path) -> None:
         ) from error
 
 
-def _agree_on_place(engine: EngineFace, save_dir: str | PathLike[str], tag: str | None) -> tuple[Path, str]:
+def _agree_on_place(engine: EngineFace, save_dir: str | PathLike[str], tag: str | None) -> tuple[Directory, str]:
     """Return directory and tag, the same on every rank; ``checkpoint.tag_validation`` says what if tags differ."""
     failure: DsError | None = None
+    directory: Directory = ""
     chosen = ""
     try:
         if not save_dir:
             raise CheckpointError("no folder was given", where="save_checkpoint(save_dir)", fix="pass a path")
+        directory = _directory_of(engine, save_dir, "save_checkpoint(save_dir)")
         chosen = check_tag(f"global_step{engine.global_steps}" if tag is None else tag)
     except CheckpointError as error:
         failure = error
@@ -124,7 +133,31 @@ def _agree_on_place(engine: EngineFace, save_dir: str | PathLike[str], tag: str 
         chosen = told[0]
         if validation == "warn":
             log_dist(f"{what}; all use rank 0's tag {chosen!r}", level=logging.WARNING)
-    return Path(save_dir), chosen
+    return directory, chosen
+
+
+def _directory_of(engine: EngineFace, given: str | PathLike[str], where: str) -> Directory:
+    """Return ``given`` as the checkpoint engine takes it: a path, or a URL as text.
+
+    Raises:
+        CheckpointError: a URL, of which the engine knows nothing; or one that was made a path of.
+    """
+    if is_url(given):
+        if engine.parts.checkpoint.takes_urls:
+            return str(given)
+        raise CheckpointError(
+            f"the checkpoint engine {type(engine.parts.checkpoint).__name__} takes paths, and no URL such as "
+            f"{str(given).partition('://')[0]}://...",
+            where=where,
+            fix='pip install ds-ckpt and set "checkpoint": {"engine": "sharded"}, or pass a path',
+        )
+    path = Path(given)
+    if not isinstance(given, str) and _WAS_URL.match(str(path)) and not Path(path.parts[0]).exists():
+        # Silently kept in a folder called 's3:' of this machine, it would be gone with the machine.
+        raise CheckpointError(
+            f"the path {str(path)!r} was made of a URL, and lost one of its slashes", where=where, fix="pass it as text"
+        )
+    return path
 
 
 def _capture(engine: EngineFace, client_state: Mapping[str, Any], exclude_frozen: bool) -> Snapshot:
@@ -136,7 +169,7 @@ def _capture(engine: EngineFace, client_state: Mapping[str, Any], exclude_frozen
             where=f"micro-batch {window.micro_steps}",
             fix="call it after engine.step()",
         )
-    frozen = {logical_name(name) for name, param in engine.module.named_parameters() if not param.requires_grad}
+    frozen = set(frozen_names(engine.module))
     pieces = [
         piece
         for piece in parts.partition.pieces()
@@ -155,8 +188,11 @@ def _capture(engine: EngineFace, client_state: Mapping[str, Any], exclude_frozen
         "plan": _plan_in_words(parts.precision.plan),
         "loss_scale": parts.precision.scaler.scale,
         "scaler": encode(parts.precision.scaler.state_dict(), "loss scaler"),
-        "extra_state": encode(_extra_state(engine.module), "extra state of the model"),
+        "extra_state": encode(extra_state_of(engine.module), "extra state of the model"),
         "excluded": sorted(frozen) if exclude_frozen else [],
+        # For those who read the weights without the model: exports, the tools.
+        "frozen": sorted(frozen),
+        "shared": shared_names(engine.module),
         "client_state": encode(dict(client_state), "client_state"),
     }
     optimizer = engine.basic_optimizer
@@ -179,7 +215,8 @@ def _has_extra_state(module: nn.Module) -> bool:
     return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
-def _extra_state(module: nn.Module) -> dict[str, Any]:
+def extra_state_of(module: nn.Module) -> dict[str, Any]:
+    """Return what modules give with ``get_extra_state``, by their names."""
     return {
         logical_name(name): submodule.get_extra_state()
         for name, submodule in module.named_modules()
@@ -197,15 +234,16 @@ def load(
 
     Raises:
         CheckpointError: on every rank: no such checkpoint, half of one, or one of another model. Tensors loaded until
-            then stay loaded.
+            then stay loaded. Also where a save in the background failed and nobody was told yet: nothing is loaded.
     """
-    directory = Path(load_dir)
     failure: Exception | None = None
     path, client_state = "", {}
     try:
+        directory = _directory_of(engine, load_dir, "load_checkpoint(load_dir)")
         checkpoint = engine.parts.checkpoint
-        chosen = checkpoint.read_latest(directory) if tag is None else check_tag(tag)
-        path = str(directory / chosen)
+        checkpoint.commit()  # what is being saved in the background may be what is to be loaded
+        chosen = _latest(engine, directory) if tag is None else check_tag(tag)
+        path = f"{str(directory).rstrip('/')}/{chosen}" if isinstance(directory, str) else str(directory / chosen)
         with checkpoint.open(directory, chosen) as reader:
             _restore(engine, reader, options)
             client_state = decode(reader.state["client_state"])
@@ -216,6 +254,13 @@ def load(
     engine.parts.partition.after_load()
     log_dist(f"loaded checkpoint {path}")
     return path, client_state
+
+
+def _latest(engine: EngineFace, directory: Directory) -> str:
+    checkpoint = engine.parts.checkpoint
+    if engine._config.checkpoint.load_universal:
+        return checkpoint.read_latest_universal(directory)
+    return checkpoint.read_latest(directory)
 
 
 def _restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) -> None:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointEngine", "CheckpointReader", "Directory"]
 
 
-
 class CheckpointReader(ABC):
     """One stored checkpoint, opened for reading. Needs no process group."""
 
@@ -71,6 +70,8 @@ class CheckpointEngine(ABC):
     """Options of its own, ``checkpoint.<name>``."""
     takes_urls: ClassVar[bool] = False
     """Whether ``directory`` may be a URL, such as ``s3://bucket/run``; if not, the core refuses one before any call."""
+    reads_universal: ClassVar[bool] = False
+    """Whether :meth:`open` reads DeepSpeed's universal folders; if not, ``checkpoint.load_universal`` is refused."""
 
     def __init__(self, options: Section | None, group: ProcessGroup | None) -> None:
         """``group``: the ranks that save together; None for one process without a process group."""
@@ -111,6 +112,17 @@ class CheckpointEngine(ABC):
             CheckpointError: there is no such folder, or no such file in it.
         """
 
+    def read_latest_universal(self, directory: Directory) -> str:
+        """Return the tag to load where ``checkpoint.load_universal`` is true and none is given; no collective.
+
+        It is the one that ``directory/latest_universal`` names; without that file the one in ``latest``, where that
+        is a checkpoint of this seam: those load at any world size, too. Called only where ``reads_universal`` is true.
+
+        Raises:
+            CheckpointError: there is no such folder, or neither file in it.
+        """
+        return self.read_latest(directory)
+
     def commit(self) -> None:
         """Wait until every save is durable and visible. Every rank of the group calls it.
 
@@ -120,7 +132,15 @@ class CheckpointEngine(ABC):
         Raises:
             CheckpointError: on every rank: a save in the background failed. It is told once.
         """
+        return
 
     def close(self) -> None:
-        """End what runs in the background, having waited for it as :meth:`commit` does; from ``engine.destroy()``."""
+        """End what runs in the background, having waited for it as :meth:`commit` does; from ``engine.destroy()``.
+
+        What was saved can still be opened. Where waiting needs no other rank, as for a thread, it must not ask for
+        one: a rank that ends because of an error closes, too, and its peers may be elsewhere.
+
+        Raises:
+            CheckpointError: as :meth:`commit`. Everything is let go all the same.
+        """
         self.commit()

@@ -1,4 +1,4 @@
-"""Kill saves at chosen points: before the n-th file operation, or when a file has reached a size."""
+"""Kill saves at every point: before each file operation, or when a file has reached a size."""
 
 from __future__ import annotations
 
@@ -9,46 +9,22 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from ds_core.testing import crash
 
+if TYPE_CHECKING:
     from ds_core.config import Section
     from ds_core.interfaces.checkpoint import CheckpointEngine
 
-__all__ = ["die_at_file_operation", "kill_saves", "limited_file_size"]
+__all__ = ["kill_saves"]
 
-_OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink")
+_OPERATIONS = ("create", "sync", "rename", "remove", "mkdir", "rmdir", "truncate", "link")
+"""Writes are cut by size: engines may write in thousands of pieces."""
 _MAX_POINTS = 200
 _SIZES = (1, 100, 5000)
-
-
-def die_at_file_operation(nth: int, directory: str) -> None:
-    """Make this process kill itself before its ``nth`` (from 0) file operation below ``directory``."""
-    seen = 0
-
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if event in _OPERATIONS and any(directory in str(arg) for arg in args[:2]):
-            if seen == nth:
-                os.kill(os.getpid(), signal.SIGKILL)
-            seen += 1
-
-    sys.addaudithook(hook)
-
-
-@contextmanager
-def limited_file_size(size: int) -> Iterator[None]:
-    """Let writes of this process fail (EFBIG) where a file would exceed ``size`` bytes: as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def kill_saves(cls: type[CheckpointEngine], options: Section | None, directory: Path, tag: str) -> int:
@@ -76,6 +52,7 @@ def main(job: str) -> None:
     before = root / "before"
     before.mkdir()
     engine.save(before, "same", snapshot(1), latest=True)
+    engine.commit()  # a thread does not go with a fork
     killed = 0
     for nth in range(_MAX_POINTS):
         folder = _fresh(before, root / f"operation_{nth}")
@@ -87,6 +64,7 @@ def main(job: str) -> None:
         load_version(engine, folder, [1, 2])
         # What the crash left must not be in the way of the next save.
         engine.save(folder, tag, snapshot(3), latest=True)
+        engine.commit()
         check_content(engine, folder, tag, 3)
     else:
         raise AssertionError(f"a save of more than {_MAX_POINTS} file operations")
@@ -110,12 +88,13 @@ def _save(
 
     given = snapshot(2)
     if operation is not None:
-        die_at_file_operation(operation, str(folder))
+        crash.die_at(point=operation, only=_OPERATIONS)
     if size is not None:
         # Python ignores this signal at its start; its default is to end the process in the midst of the write.
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    with nullcontext() if size is None else limited_file_size(size):
+    with nullcontext() if size is None else crash.limited_file_size(size):
         engine.save(folder, tag, given, latest=True)
+        engine.commit()
 
 
 def _killed(save: Any) -> bool:

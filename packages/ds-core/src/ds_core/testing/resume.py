@@ -66,6 +66,7 @@ def start(
     dropout: float = 0.3,
     model: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    samples: int = 24,
 ) -> Any:
     """Return a new engine: 3 samples per micro-batch, windows of 3, AdamW under a schedule; ``config`` is added.
 
@@ -75,10 +76,10 @@ def start(
         dropout: of the model.
         model: another one.
         optimizer: instead of AdamW.
+        samples: of the data; the default is so few that a run goes through several epochs, whose orders differ.
     """
     torch.manual_seed(seed)
-    # So few samples that a run goes through several epochs, whose orders differ.
-    data = torch.randn(24, 5, generator=torch.Generator().manual_seed(3))
+    data = torch.randn(samples, 5, generator=torch.Generator().manual_seed(3))
     sections: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 3,
         "gradient_accumulation_steps": 3,

@@ -18,6 +18,8 @@ def reset_globals() -> None:
         comm.destroy_process_group()
     if (dist := sys.modules.get("torch.distributed")) is not None and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+    if (flight := sys.modules.get("ds_core.checkpoint.flight")) is not None:
+        flight.forget()
     if (accelerator := sys.modules.get("ds_core.accelerator")) is not None:
         accelerator.set_accelerator(None)
     if (registry := sys.modules.get("ds_core.registry")) is not None:

@@ -6,8 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ds_ckpt.checks import Field, damaged, short
-from ds_ckpt.formats.deepspeed.values import ITEM_BYTES, TensorRef
+from ds_ckpt.formats.deepspeed.values import TensorRef
 from ds_ckpt.stored import StoredChunk, StoredFile, StoredTensor
+from ds_core.checkpoint.safetensors_format import ITEM_BYTES
 from ds_core.interfaces.logical import Box, Chunk, LogicalTensor, logical_name
 
 if TYPE_CHECKING:

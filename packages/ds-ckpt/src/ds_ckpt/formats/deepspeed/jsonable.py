@@ -11,8 +11,8 @@ import os
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from ds_ckpt.checks import open_inside
 from ds_ckpt.formats.deepspeed.values import Global, Record, TensorRef
+from ds_ckpt.storage.local import open_inside
 from ds_core.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from ds_ckpt.formats.deepspeed.state import Optimizer, Scaling, scaler_in, state
 from ds_ckpt.formats.deepspeed.torchfile import read_torch_file
 from ds_ckpt.formats.deepspeed.universal import read_universal
 from ds_ckpt.formats.deepspeed.zero import partition_count, read_partitions, read_slices, stage_of
+from ds_ckpt.storage import folder_at
 from ds_ckpt.stored import Stored
 from ds_core.interfaces.logical import MASTER
 
@@ -65,10 +66,12 @@ class _Reading:
             weight_dtypes=[ref.dtype for ref in self.module.params.values()],
             master_dtypes=[stored.of.dtype for stored in tensors.values() if stored.of.kind == MASTER],
             excluded=modules.unread(self.module, self.builder),
+            params=self.module.params,
+            shared=self.module.aliases,
             encoder=Encoder(self.folder),
         )
         return Stored(
-            self.folder,
+            folder_at(self.folder),
             "deepspeed",
             "unknown" if version is None else version.text(100),
             self.world_size,

@@ -133,6 +133,8 @@ def state_of(
     weight_dtypes: Iterable[str],
     master_dtypes: Iterable[str],
     excluded: Sequence[str],
+    params: Iterable[str],
+    shared: Mapping[str, str],
     encoder: Encoder,
 ) -> dict[str, Any]:
     """Return the state of a snapshot.
@@ -145,6 +147,8 @@ def state_of(
         weight_dtypes: of the trained parameters as the model has them.
         master_dtypes: of their masters.
         excluded: names the model has and the checkpoint holds no element of.
+        params: names of all parameters.
+        shared: alias -> name, as the model has them.
         encoder: of this checkpoint.
     """
     config = _config_of(model)
@@ -168,6 +172,12 @@ def state_of(
         "excluded": sorted(excluded),
         "client_state": _client_state(model, encoder),
     }
+    state["shared"] = encoder.encode(
+        {logical_name(alias): logical_name(name) for alias, name in shared.items()}, "shared_params"
+    )
+    if optimizer is not None and not optimizer.missing:
+        trained = {name for names, _ in optimizer.groups for name in names}
+        state["frozen"] = sorted(logical_name(name) for name in params if name not in trained)
     if optimizer is not None and optimizer.missing:
         state["optimizer_missing"] = optimizer.missing
     elif optimizer is not None:

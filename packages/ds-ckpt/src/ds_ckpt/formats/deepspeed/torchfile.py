@@ -14,9 +14,10 @@ import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ds_ckpt.checks import damaged, open_inside
+from ds_ckpt.checks import damaged
 from ds_ckpt.formats.deepspeed.unpickle import Limits, unpickle
-from ds_ckpt.formats.deepspeed.values import ITEM_BYTES
+from ds_ckpt.storage.local import open_inside
+from ds_core.checkpoint.safetensors_format import ITEM_BYTES
 from ds_core.errors import CheckpointError
 
 if TYPE_CHECKING:

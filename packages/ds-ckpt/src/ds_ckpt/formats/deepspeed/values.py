@@ -6,30 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from ds_core.checkpoint.safetensors_format import ITEM_BYTES
 from ds_core.errors import CheckpointError
 
-__all__ = ["ITEM_BYTES", "Global", "Record", "Storage", "TensorRef"]
+__all__ = ["Global", "Record", "Storage", "TensorRef"]
 
-ITEM_BYTES = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint64": 8,
-    "uint32": 4,
-    "uint16": 2,
-    "uint8": 1,
-    "bool": 1,
-    "complex64": 8,
-    "complex128": 16,
-}
-"""Bytes of an element, by torch's word for the dtype."""
 _MAX_DIMS = 64
 
 
