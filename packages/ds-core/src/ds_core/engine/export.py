@@ -16,7 +16,7 @@ from ds_core.checkpoint.huggingface import plan_layout, write_layout, writing
 from ds_core.checkpoint.safetensors_format import write_stream
 from ds_core.engine.gathering import Gathering, on_rank_0
 from ds_core.engine.names import frozen_names, shared_names
-from ds_core.engine.state import extra_state_of
+from ds_core.engine.restore import extra_state_of
 from ds_core.errors import CheckpointError, ConfigError
 from ds_core.log import log_dist
 

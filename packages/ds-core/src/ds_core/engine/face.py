@@ -11,7 +11,7 @@ from torch import nn
 
 from ds_core import comm
 from ds_core.checkpoint.deepspeed_interface import TorchFiles
-from ds_core.engine import state
+from ds_core.engine import restore, state
 from ds_core.engine.config_getters import ConfigGetters
 from ds_core.engine.effects import without_effect_here
 from ds_core.engine.parts import Outcome
@@ -263,7 +263,7 @@ class EngineFace(ConfigGetters, nn.Module):
 
     def load_module_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load ``checkpoint["module"]`` into the module; masters begin anew from it, with all digits it has."""
-        state.load_weights(self, checkpoint["module"], strict)
+        restore.load_weights(self, checkpoint["module"], strict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of the window so far; the window itself goes on."""
@@ -349,7 +349,7 @@ class EngineFace(ConfigGetters, nn.Module):
         Returns:
             (path of the checkpoint, the client state given to ``save_checkpoint``).
         """
-        options = state.LoadOptions(
+        options = restore.LoadOptions(
             strict=load_module_strict,
             optimizer=load_optimizer_states and not load_module_only,
             schedule=load_lr_scheduler_states and not load_module_only,
