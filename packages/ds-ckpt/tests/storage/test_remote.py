@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from datetime import datetime, timedelta, timezone
 from functools import partial
 
 import fsspec
@@ -461,6 +463,20 @@ def test_a_folder_is_listed_and_removed(store):
     assert list(store) == ["/bucket/run/latest"]
     assert not folder.is_there()
     assert (folder.files(), folder.folders(), folder.changed_ns()) == ([], [], None)
+
+
+def test_a_time_without_a_zone_is_not_that_of_this_machine(monkeypatch):
+    put("file", b"x")
+    times = []
+    for zone in (None, timezone.utc, timezone(timedelta(hours=9))):
+        there = datetime(2026, 1, 2, 3 + 9 * (zone not in (None, timezone.utc)), tzinfo=zone)
+        monkeypatch.setattr(MemoryFileSystem, "modified", lambda fs, path, there=there: there)
+        monkeypatch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        times.append(folder_at(URL).changed_ns("file"))
+    monkeypatch.undo()
+    time.tzset()
+    assert times == [1767322800 * 10**9] * 3
 
 
 def test_folders_of_a_store_that_has_such_are_made_and_removed(monkeypatch):

@@ -13,6 +13,7 @@ import errno
 import os
 import re
 from contextlib import contextmanager
+from datetime import timezone
 from typing import TYPE_CHECKING, Any
 
 from ds_ckpt.checks import check_name, damaged, short
@@ -63,6 +64,13 @@ class RemoteFolder(Folder):
     def is_there(self) -> bool:
         return bool(self._entries()) or (self._info() or {}).get("type") == "directory"
 
+    def is_link(self) -> bool:
+        """No: what a store has of links is not among its folders."""
+        return False
+
+    def identity(self) -> str:
+        return self._root
+
     def has(self, name: str) -> bool:
         found = self._info(name)
         return found is not None and found["type"] != "directory"
@@ -80,9 +88,12 @@ class RemoteFolder(Folder):
             return max(times, default=None)
         with self._asked("tell when a file was written", name):
             try:
-                return int(self._fs.modified(self._at(name)).timestamp() * 1e9)
+                modified = self._fs.modified(self._at(name))
             except (FileNotFoundError, NotImplementedError):
                 return None
+            # Without a zone it is what the store says, and no store knows the zone of this machine.
+            zoned = modified if modified.tzinfo is not None else modified.replace(tzinfo=timezone.utc)
+            return int(zoned.timestamp() * 1e9)
 
     def complete_tags(self) -> list[str]:
         complete = [name for name in self.folders() if (self / name).has(MANIFEST)]
