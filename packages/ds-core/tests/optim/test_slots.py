@@ -263,6 +263,7 @@ def load_saved_by(
     saved_by: str | None, optimizer: torch.optim.Optimizer, pieces: list[Piece], folder: Path, state: dict
 ) -> None:
     with PlainCheckpoint(None, None).open(folder, "tag") as reader:
+        reader.read(pieces)
         restore_optimizer(optimizer, pieces, reader, state["groups"], state["values"], saved_by)
 
 
