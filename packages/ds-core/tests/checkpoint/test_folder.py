@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,36 @@ def test_a_name_that_leads_elsewhere_is_refused(tag):
     assert repr(tag) in caught.value.what
     assert caught.value.where == "tag"
     assert caught.value.fix
+
+
+# "latest" is read without the spaces around what it holds, and what was written there is one line.
+@pytest.mark.parametrize("tag", [" a", "a ", "a\n", "a\nb", "\ta", "a\x7f", "a\x85", "a\u2028", "a\udc80"])
+def test_a_name_that_latest_cannot_hold_is_refused(tag):
+    with pytest.raises(CheckpointError, match="cannot name a checkpoint"):
+        check_tag(tag)
+
+
+@pytest.mark.parametrize("tag", ["checkpoint.json", "checkpoint.json.tmp", "latest_universal"])
+def test_names_of_files_are_no_tags(tag):
+    with pytest.raises(CheckpointError, match="cannot name a checkpoint"):
+        check_tag(tag)
+
+
+def test_a_tag_that_is_removed_meanwhile_is_left_out(tmp_path, monkeypatch):
+    for tag in ("a", "b", "c"):
+        (tmp_path / tag).mkdir()
+        (tmp_path / tag / MANIFEST).write_text("{}")
+    found = Path.stat
+
+    def removed(path, **options):
+        status = found(path, **options)
+        if path.name == MANIFEST and path.parent.name == "b":
+            path.unlink(missing_ok=True)
+            return found(path, **options)
+        return status
+
+    monkeypatch.setattr(Path, "stat", removed)
+    assert sorted(complete_tags(tmp_path)) == ["a", "c"]
 
 
 def test_complete_tags_are_those_with_a_manifest_newest_last(tmp_path):
@@ -84,5 +115,25 @@ def test_a_latest_that_names_no_tag_is_refused(tmp_path, content):
 
 def test_a_latest_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "latest").mkdir()
-    with pytest.raises(CheckpointError, match="'latest' cannot be read: Is a directory"):
+    with pytest.raises(CheckpointError, match="'latest' cannot be read: it is no regular file"):
         read_latest(tmp_path)
+
+
+def test_a_latest_that_never_ends_or_begins_is_not_read(tmp_path):
+    latest = tmp_path / "latest"
+    (tmp_path / "tag").write_text("tag")
+    for target, why in (("/dev/zero", "it is a link"), ("tag", "it is a link"), ("nowhere", "it is a link")):
+        latest.symlink_to(target)
+        with pytest.raises(CheckpointError, match=f"'latest' cannot be read: {why}"):
+            read_latest(tmp_path)
+        latest.unlink()
+    os.mkfifo(latest)
+    with pytest.raises(CheckpointError, match="'latest' cannot be read: it is no regular file"):
+        read_latest(tmp_path)
+    latest.unlink()
+    with latest.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(CheckpointError, match="and more, which is no tag"):
+        read_latest(tmp_path)
+    latest.write_text(" " * 4092 + "tag\n")
+    assert read_latest(tmp_path) == "tag"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -190,3 +191,19 @@ def test_it_loads_no_torch():
         "ds_core.checkpoint.safetensors_format"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_what_cannot_be_cleared_away_does_not_hide_what_went_wrong(tmp_path, monkeypatch):
+    def cannot(*_: object, **options: object) -> None:
+        if not options.get("ignore_errors"):
+            raise PermissionError(13, "Permission denied")
+
+    def write_file(path: Path, name: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "rmtree", cannot)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        write_layout(tmp_path / "out", plan({"a": 4}), write_file)
+    shown = tmp_path / "shown"
+    write(shown, plan({"a": 4}))
+    assert names(shown) == [STAGING, "model.safetensors"], "all is in place; the next export clears it away"

@@ -25,8 +25,18 @@ import torch
 from ds_core.checkpoint.atomic import replace_text, sync_folder
 from ds_core.checkpoint.deepspeed_interface import CheckpointCommitInfo
 from ds_core.checkpoint.folder import MANIFEST, complete_tags, read_latest, write_latest
-from ds_core.checkpoint.pieces import Filling, describe, from_row, written_by
-from ds_core.checkpoint.saving import agree_on_id, file_name, is_ours, place_in, remove_leftovers, together
+from ds_core.checkpoint.pieces import Filling, check_once, describe, from_row
+from ds_core.checkpoint.saving import (
+    agree_on_id,
+    chunk_key,
+    file_name,
+    gather,
+    is_ours,
+    place_in,
+    remove_leftovers,
+    together,
+    written_by,
+)
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.checkpoint import CheckpointEngine, CheckpointReader
 
@@ -115,7 +125,7 @@ class AdaptedCheckpoint(CheckpointEngine):
 
     def _begin(self, info: CheckpointCommitInfo, name: str, rank: int, snapshot: Snapshot) -> _Begun:
         state, rank_state = (json.loads(json.dumps(dict(part))) for part in (snapshot.state, snapshot.rank_state))
-        mine = written_by(rank, snapshot.pieces)
+        mine = {chunk_key(piece.of, piece.chunk): piece for piece in written_by(rank, snapshot.pieces)}
         begun = _Begun(info, name, type(snapshot)([], state, rank_state), [describe(piece) for piece in mine.values()])
         self._files.makedirs(str(begun.folder), exist_ok=True)
         self._files.create(info)
@@ -141,7 +151,7 @@ class AdaptedCheckpoint(CheckpointEngine):
         except CheckpointError:
             _discard(folder, begun.name)
             raise
-        everyone = self._gather(begun)
+        everyone = gather(begun, self.group)
         together(lambda: self._write_manifest(everyone) if rank == 0 else None, folder, self.group)
 
     def _complete(self, begun: _Begun) -> None:
@@ -168,16 +178,6 @@ class AdaptedCheckpoint(CheckpointEngine):
                 fix="its save() must write to the path, or to names that begin with it, before commit() returns",
             )
         sync_folder(begun.folder)
-
-    def _gather(self, mine: _Begun) -> list[_Begun]:
-        """Return what every rank has begun, on rank 0."""
-        if self.group is None:
-            return [mine]
-        import torch.distributed as dist
-
-        told: list[Any] | None = [None] * dist.get_world_size(self.group) if dist.get_rank(self.group) == 0 else None
-        dist.gather_object(mine, told, group=self.group, group_dst=0)
-        return told or []
 
     def _write_manifest(self, everyone: Sequence[_Begun]) -> None:
         first = everyone[0]
@@ -224,6 +224,7 @@ class AdaptedReader(CheckpointReader):
                 rows = self._rows[rank["file"]] = [(row["key"], *from_row(row)) for row in rank["tensors"]]
                 for _, of, _ in rows:
                     self._stored.setdefault((of.name, of.kind, of.rank), of)
+            check_once((of, chunk) for rows in self._rows.values() for _, of, chunk in rows)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged(f"the manifest is damaged: {error!r}", self._folder / MANIFEST) from error
 

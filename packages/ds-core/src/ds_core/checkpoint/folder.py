@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import stat
+import unicodedata
 from typing import TYPE_CHECKING
 
 from ds_core.checkpoint.atomic import replace_text
@@ -11,12 +15,29 @@ from ds_core.errors import CheckpointError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["LATEST", "MANIFEST", "check_tag", "complete_tags", "is_url", "read_latest", "write_latest"]
+__all__ = [
+    "LATEST",
+    "LATEST_UNIVERSAL",
+    "MANIFEST",
+    "PLAIN_FORMAT",
+    "PLAIN_VERSION",
+    "check_tag",
+    "complete_tags",
+    "is_url",
+    "read_latest",
+    "write_latest",
+]
 
 LATEST = "latest"
+LATEST_UNIVERSAL = "latest_universal"
+"""The file in which DeepSpeed's ``ds_to_universal`` names a tag."""
 MANIFEST = "checkpoint.json"
 """Its presence makes a folder a checkpoint: it is written last."""
-
+PLAIN_FORMAT = "ds-plain"
+"""What the manifest of the core's own engine says, here for readers that load no torch."""
+PLAIN_VERSION = 1
+_MAX_LATEST_BYTES = 4096
+_RESERVED = frozenset({"", ".", "..", LATEST, f"{LATEST}.tmp", LATEST_UNIVERSAL, MANIFEST, f"{MANIFEST}.tmp"})
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
 
@@ -34,11 +55,13 @@ def check_tag(tag: object) -> str:
     """Return ``tag`` as text that names one folder.
 
     Raises:
-        CheckpointError: it is empty, ``latest`` (or its form while it is written), or leads elsewhere.
+        CheckpointError: it is empty, a file's that is beside or in tags (or its form while it is written), leads
+            elsewhere, or would be another one once it was written to ``latest`` and read from there.
     """
     text = str(tag)
-    reserved = ("", ".", "..", LATEST, f"{LATEST}.tmp")
-    if text in reserved or "/" in text or "\\" in text or "\0" in text:
+    # Cc: control characters; Cs: halves of characters, which no file can hold.
+    is_lost = text != text.strip() or any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
+    if text in _RESERVED or "/" in text or "\\" in text or is_lost:
         raise CheckpointError(
             f"tag {text!r} cannot name a checkpoint", where="tag", fix="use a plain folder name, such as 'step_100'"
         )
@@ -49,10 +72,15 @@ def complete_tags(directory: Path) -> list[str]:
     """Return the tags in ``directory`` that are complete, newest last."""
     if not directory.is_dir():
         return []
-    manifests = [manifest for manifest in directory.glob(f"*/{MANIFEST}") if manifest.is_file()]
-    return [
-        path.parent.name for path in sorted(manifests, key=lambda path: (path.stat().st_mtime_ns, path.parent.name))
-    ]
+    found = []
+    for manifest in directory.glob(f"*/{MANIFEST}"):
+        try:
+            status = manifest.stat()
+        except OSError:
+            continue  # another job has just removed it, or it is a link that leads nowhere
+        if stat.S_ISREG(status.st_mode):
+            found.append((status.st_mtime_ns, manifest.parent.name))
+    return [tag for _, tag in sorted(found)]
 
 
 def read_latest(directory: Path) -> str:
@@ -68,15 +96,32 @@ def read_latest(directory: Path) -> str:
             fix="check the path; save_checkpoint creates it",
         )
     try:
-        content = (directory / LATEST).read_bytes()
+        content = _start_of(directory / LATEST, _MAX_LATEST_BYTES + 1)
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise _not_named(directory, "there is no file 'latest' that names the checkpoint to load") from None
         raise _not_named(directory, f"the file 'latest' cannot be read: {error.strerror}") from error
+    if len(content) > _MAX_LATEST_BYTES:
+        raise _not_named(directory, f"the file 'latest' holds {content[:80]!r} and more, which is no tag")
     try:
         return check_tag(content.decode().strip())
     except (CheckpointError, UnicodeDecodeError):
         raise _not_named(directory, f"the file 'latest' holds {content[:80]!r}, which is no tag") from None
+
+
+def _start_of(path: Path, nbytes: int) -> bytes:
+    """Return the first bytes of a regular file: a link may lead to what never ends, a pipe to nobody who writes."""
+    try:
+        # Without O_NONBLOCK, opening a pipe waits for somebody to write to it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise OSError(error.errno, "it is a link" if path.is_symlink() else error.strerror) from error
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return os.read(descriptor, nbytes)
+    finally:
+        os.close(descriptor)
 
 
 def _not_named(directory: Path, what: str) -> CheckpointError:

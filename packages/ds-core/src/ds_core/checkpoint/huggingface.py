@@ -18,8 +18,9 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ds_core.checkpoint.atomic import replace_text, sync_folder
+from ds_core.checkpoint.atomic import make_durable, replace_text, sync_folder
 from ds_core.errors import CheckpointError
+from ds_core.log import logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -186,7 +187,7 @@ def write_layout(folder: Path, layout: Layout, write_file: Callable[[Path, str],
         CheckpointError: the disk is full, ...; what was there is still whole, unless renaming failed.
     """
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_durable(folder)
         _check_not_hidden(folder, layout)
         staging = folder / STAGING
         if staging.exists():
@@ -199,7 +200,10 @@ def write_layout(folder: Path, layout: Layout, write_file: Callable[[Path, str],
                 replace_text(staging / layout.index, layout.index_text())
             _publish(folder, staging, layout)
         finally:
-            shutil.rmtree(staging)
+            # Whether all is in place by now or something failed: that this fails, too, must not be what is told.
+            shutil.rmtree(staging, ignore_errors=True)
+            if staging.exists():
+                logger.warning("a folder of temporary files cannot be removed: %s", staging)
 
 
 def _check_not_hidden(folder: Path, layout: Layout) -> None:

@@ -8,24 +8,37 @@ from __future__ import annotations
 
 import re
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from ds_core.checkpoint.atomic import NotDurableError
 from ds_core.comm import raise_together
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import Chunk
 from ds_core.log import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
     from pathlib import Path
 
     from torch.distributed import ProcessGroup
 
-    from ds_core.interfaces.logical import LogicalTensor
+    from ds_core.interfaces.logical import LogicalTensor, Piece
 
-__all__ = ["agree_on_id", "chunk_key", "file_name", "is_ours", "place_in", "remove_leftovers", "together"]
+T = TypeVar("T")
 
-_OURS = re.compile(r"rank_\d{5}(_\d+)?-[0-9a-f]{12}\.(safetensors(\.tmp)?|pt.*)")
+__all__ = [
+    "agree_on_id",
+    "chunk_key",
+    "file_name",
+    "gather",
+    "is_ours",
+    "place_in",
+    "remove_leftovers",
+    "together",
+    "written_by",
+]
+
+_OURS = re.compile(r"rank_\d{5}(_\d+)?-[0-9a-f]{12}\.(safetensors(\.tmp)?|pt[^/\n]*)")
 """``.pt`` and what follows: files of an engine that was written for DeepSpeed's interface, see ``adapter.py``."""
 
 
@@ -57,6 +70,16 @@ def chunk_key(of: LogicalTensor, chunk: Chunk) -> str:
     return key
 
 
+def written_by(rank: int, pieces: Sequence[Piece]) -> list[Piece]:
+    """Return what ``rank`` writes, each chunk once."""
+    found: dict[tuple[LogicalTensor, Chunk], Piece] = {}
+    for piece in pieces:
+        # A chunk without elements says nothing, unless the tensor has none at all; such a one is stored once.
+        if piece.writer == rank and (piece.chunk.length or not piece.of.numel):
+            found.setdefault((piece.of, piece.chunk), piece)
+    return list(found.values())
+
+
 def place_in(group: ProcessGroup | None) -> tuple[int, int]:
     """Return (rank, world size) in ``group``; None is one process alone."""
     # Asked of the group itself: torch.distributed.get_rank(group) needs the default group, which a script may have
@@ -74,6 +97,17 @@ def agree_on_id(group: ProcessGroup | None) -> str:
     return chosen[0]
 
 
+def gather(mine: T, group: ProcessGroup | None) -> list[T]:
+    """Return what every rank gave, in their order, on rank 0; nothing on the others. Collective."""
+    if group is None:
+        return [mine]
+    import torch.distributed as dist
+
+    told: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
+    dist.gather_object(mine, told, group=group, group_dst=0)
+    return told or []
+
+
 def together(work: Callable[[], object], folder: object, group: ProcessGroup | None) -> None:
     """Run a part of a save into ``folder``; if it fails on one rank it fails on all, with that rank's reason.
 
@@ -84,6 +118,12 @@ def together(work: Callable[[], object], folder: object, group: ProcessGroup | N
         work()
     except CheckpointError as error:
         failure = error
+    except NotDurableError as error:
+        failure = CheckpointError(
+            f"what was written is in place, but a power failure may undo it: {error.strerror or error}",
+            where=str(error.filename or folder),
+            fix="check the disk and save again",
+        )
     except OSError as error:
         failure = CheckpointError(
             f"the checkpoint cannot be written: {error.strerror or error}",
