@@ -122,7 +122,9 @@ def test_a_file_is_what_is_no_folder(folder):
     names = ("file", "link", "link_out", "folder_out", "gone", "pipe")
     assert [name for name in names if not folder_at(folder).has(name)] == []
     assert [name for name in ("sub", "missing", "file/x") if folder_at(folder).has(name)] == []
+    (folder / "itself").symlink_to("itself")
     assert folder_at(folder).folders() == ["folder_out", "sub"]
+    assert "itself" in folder_at(folder).files()
 
 
 def test_links_and_the_folders_they_lead_to(folder):

@@ -156,7 +156,7 @@ class LocalFolder(Folder):
         return sorted(entry.name for entry in self._entries() if not entry.is_dir(follow_symlinks=False))
 
     def folders(self) -> list[str]:
-        return sorted(entry.name for entry in self._entries() if entry.is_dir())
+        return sorted(entry.name for entry in self._entries() if _is_folder(entry))
 
     def changed_ns(self, name: str | None = None) -> int | None:
         path = self.path if name is None else self.path / name
@@ -240,6 +240,13 @@ class LocalFolder(Folder):
             return []
         except OSError as error:
             raise _no_access(self.path, error) from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # a link that leads to itself, or to where we may not look
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:
