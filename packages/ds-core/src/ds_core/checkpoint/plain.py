@@ -181,7 +181,7 @@ def _read_manifest(directory: Path, tag: str) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:
         half = path.parent.is_dir()
-        if half and is_deepspeed(path.parent):
+        if half and _is_deepspeed(path.parent):
             raise _of_another_engine("this checkpoint was written by DeepSpeed", path.parent) from None
         what = (
             f"checkpoint {tag!r} is not complete: it has no {MANIFEST}" if half else f"there is no checkpoint {tag!r}"
@@ -223,6 +223,11 @@ def _wrong_in(manifest: Mapping[str, Any]) -> str | None:
         return f"it does not name a file of each of {world_size} ranks"
     strange = [name for name, size in files.items() if not is_ours(name) or type(size) is not int]
     return f"it names {strange[0][:80]!r}, which is no file of a checkpoint" if strange else None
+
+
+def _is_deepspeed(folder: Path) -> bool:
+    """Return whether ``folder`` has files named as DeepSpeed names them."""
+    return next(folder.glob("*_states.pt"), None) is not None or (folder / "zero" / "optimizer_state.pt").is_file()
 
 
 def _of_another_engine(what: str, where: Path) -> CheckpointError:
