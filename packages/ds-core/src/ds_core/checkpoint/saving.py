@@ -128,7 +128,7 @@ def together(work: Callable[[], object], folder: object, group: ProcessGroup | N
         failure = CheckpointError(
             f"the checkpoint cannot be written: {error.strerror or error}",
             where=str(error.filename or folder),
-            fix="free space or choose another folder; what was complete before can still be loaded",
+            fix=f"{fix_of(error)}; what was complete before can still be loaded",
         )
     except Exception as error:
         # Whatever it is, the other ranks must hear of it: they are waiting for this one.
