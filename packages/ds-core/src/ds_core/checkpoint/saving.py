@@ -11,6 +11,7 @@ import uuid
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ds_core.checkpoint.atomic import NotDurableError
+from ds_core.checkpoint.disk_errors import fix_of
 from ds_core.comm import raise_together
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import Chunk
