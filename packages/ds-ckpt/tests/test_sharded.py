@@ -10,7 +10,7 @@ from ds_ckpt.config import ShardedConfig
 from ds_ckpt.formats import read
 from ds_ckpt.sharded import ShardedCheckpoint
 from ds_core.checkpoint.plain import PlainCheckpoint
-from ds_core.errors import DsError
+from ds_core.errors import CheckpointError, DsError
 from ds_core.interfaces.logical import Chunk, LogicalTensor, Piece, Snapshot
 from ds_core.testing.checkpoint import check_content, snapshot
 from ds_core.testing.memory import LiveStorage
@@ -81,3 +81,16 @@ def test_what_a_configuration_says_arrives(tmp_path):
     stored = read(tmp_path / "tag")
     assert len(stored.files) == 3
     assert max(chunk.nbytes for tensor in stored.tensors.values() for chunk in tensor.chunks) <= 64
+
+
+@pytest.mark.parametrize("what", ["name", "kind"])
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, what):
+    engine = ShardedCheckpoint(None, None)
+    engine.save(tmp_path, "tag", snapshot(1), latest=True)
+    before = names(tmp_path / "tag")
+    words = {"name": "w", "kind": "weight", what: "x" * 5000}
+    of = LogicalTensor(shape=(2,), dtype="float32", **words)
+    with pytest.raises(CheckpointError, match=rf"could not be loaded: tensors\[0\]\.{what}: .* 4096"):
+        engine.save(tmp_path, "tag", Snapshot([Piece(of, Chunk.whole((2,)), torch.ones(2))], {}, {}), latest=True)
+    assert names(tmp_path / "tag") == before
+    check_content(engine, tmp_path, "tag", 1)

@@ -20,10 +20,11 @@ from ds_ckpt.config import ShardedConfig
 from ds_ckpt.keeping import Keeper
 from ds_ckpt.layout import share_out
 from ds_ckpt.loading import StoredReader
-from ds_ckpt.manifest import FORMAT, FORMAT_VERSION, encode
+from ds_ckpt.manifest import FORMAT, FORMAT_VERSION, decode, encode
 from ds_ckpt.storage import folder_at
 from ds_ckpt.stored import Stored, StoredChunk, StoredFile, StoredTensor
 from ds_ckpt.tags import latest_universal
+from ds_core.checkpoint import saving
 from ds_core.checkpoint.folder import LATEST, MANIFEST
 from ds_core.checkpoint.saving import agree_on_id, file_name, is_ours, place_in, together
 from ds_core.errors import CheckpointError
@@ -75,7 +76,7 @@ class ShardedCheckpoint(CheckpointEngine):
         self._keeper = Keeper(keep_last=self._config.keep_last, keep_every=self._config.keep_every)
 
     def save(self, directory: Directory, tag: str, snapshot: Snapshot, *, latest: bool) -> None:
-        rank, world_size = place_in(self.group)
+        rank, _ = place_in(self.group)
         place = folder_at(directory)
         folder = place / tag
         save_id = agree_on_id(self.group)
@@ -87,7 +88,7 @@ class ShardedCheckpoint(CheckpointEngine):
             # No manifest will ever name them, and the disk may be full.
             _remove(folder, names, logging.DEBUG)
             raise
-        reports = self._gather(mine[0], rank, world_size)
+        reports = saving.gather(mine[0], self.group)
         together(lambda: self._commit(place, tag, reports, snapshot, latest) if rank == 0 else None, folder, self.group)
 
     def open(self, directory: Directory, tag: str) -> StoredReader:
@@ -110,16 +111,6 @@ class ShardedCheckpoint(CheckpointEngine):
         if shares:
             folder.sync()
         return report
-
-    def _gather(self, mine: _Report, rank: int, world_size: int) -> list[_Report]:
-        """Return every rank's report, on rank 0."""
-        if self.group is None:
-            return [mine]
-        import torch.distributed as dist
-
-        told: list[Any] | None = [None] * world_size if rank == 0 else None
-        dist.gather_object(mine, told, group=self.group, group_dst=0)
-        return told or []
 
     def _commit(
         self, directory: Folder, tag: str, reports: Sequence[_Report], snapshot: Snapshot, latest: bool
@@ -147,12 +138,17 @@ class ShardedCheckpoint(CheckpointEngine):
                 where=str(folder),
                 fix="set checkpoint.sharded.chunk_bytes to a larger number",
             )
+        try:
+            decode(data, folder)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"what was saved could not be loaded: {error.what}", where=str(folder), fix="shorten what is too long"
+            ) from error
         folder.replace(MANIFEST, data)
 
 
 def written_by(rank: int, pieces: Sequence[Piece]) -> list[Piece]:
-    """Return what ``rank`` writes, each chunk once."""
-    found: dict[tuple[Any, ...], Piece] = {}
+    """Return what ``rank`` writes, each chunk once; what no rank could write is refused on all."""
     for piece in pieces:
         if piece.of.dtype not in ITEM_BYTES:
             raise CheckpointError(
@@ -160,10 +156,7 @@ def written_by(rank: int, pieces: Sequence[Piece]) -> list[Piece]:
                 where=f"tensor {piece.of.kind} {piece.of.name!r}",
                 fix=f"one of {', '.join(ITEM_BYTES)}",
             )
-        # A chunk without elements says nothing, unless the tensor has none at all; such a one is stored once.
-        if piece.writer == rank and (piece.chunk.length or not piece.of.numel):
-            found.setdefault((piece.of.name, piece.of.kind, piece.of.rank, piece.chunk), piece)
-    return list(found.values())
+    return saving.written_by(rank, pieces)
 
 
 def _write_files(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ds_ckpt.checks import check_name, damaged
 from ds_ckpt.checksums import BLOCK_BYTES
 from ds_ckpt.storage import File, Folder
-from ds_core.checkpoint.atomic import sync_folder, written_beside
+from ds_core.checkpoint.atomic import make_durable, sync_folder, written_beside
 from ds_core.checkpoint.folder import complete_tags, read_latest
 from ds_core.errors import CheckpointError
 
@@ -198,7 +198,7 @@ class LocalFolder(Folder):
         return found
 
     def make(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_durable(self.path)
 
     @contextmanager
     def create(self, name: str) -> Iterator[Callable[[memoryview], object]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ds_core.checkpoint.atomic import make_durable
 from ds_core.checkpoint.folder import check_tag, is_url
 from ds_core.checkpoint.jsonable import decode, encode
 from ds_core.comm import raise_together, same_on_all_ranks
@@ -81,7 +82,7 @@ def _make_folder(directory: Directory) -> None:
     if isinstance(directory, str):  # a URL: whatever a store needs is the engine's to make
         return
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_durable(directory)
     except OSError as error:
         raise CheckpointError(
             f"the folder cannot be made: {error.strerror}", where=str(directory), fix="choose another folder"
