@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ds_core.checkpoint.folder import MANIFEST, check_tag, complete_tags, read_latest, write_latest
-from ds_core.errors import CheckpointError
+from ds_core.errors import CheckpointError, NoCheckpointError
 
 
 @pytest.mark.parametrize("tag", ["step_100", "a b", "1.5", "latest2", ".hidden", 7])
@@ -137,3 +137,35 @@ def test_a_latest_that_never_ends_or_begins_is_not_read(tmp_path):
         read_latest(tmp_path)
     latest.write_text(" " * 4092 + "tag\n")
     assert read_latest(tmp_path) == "tag"
+
+
+def test_nothing_there_is_told_from_checkpoints_without_latest(tmp_path):
+    (tmp_path / "torn").mkdir()
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(NoCheckpointError):
+            read_latest(folder)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="this is no folder"):
+        read_latest(tmp_path / "file")
+    for name in ("step5/mp_rank_00_model_states.pt", "step6/zero/optimizer_state.pt", f"step7/{MANIFEST}"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+        with pytest.raises(CheckpointError, match="there is no file 'latest'") as caught:
+            read_latest(tmp_path)
+        assert not isinstance(caught.value, NoCheckpointError)
+        assert name.partition("/")[0] in caught.value.fix
+        with pytest.raises(CheckpointError, match="itself, not the folder it is in"):
+            read_latest(tmp_path / name.partition("/")[0])
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(CheckpointError, match="cannot be read: Permission denied") as caught:
+        read_latest(tmp_path)
+    assert not isinstance(caught.value, NoCheckpointError)
+    monkeypatch.setattr(Path, "stat", lambda path, **options: denied(path))
+    with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
+        read_latest(tmp_path)

@@ -10,7 +10,7 @@ import unicodedata
 from typing import TYPE_CHECKING
 
 from ds_core.checkpoint.atomic import replace_text
-from ds_core.errors import CheckpointError
+from ds_core.errors import CheckpointError, NoCheckpointError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +23,8 @@ __all__ = [
     "PLAIN_VERSION",
     "check_tag",
     "complete_tags",
+    "is_a_tag",
+    "is_deepspeed",
     "is_url",
     "read_latest",
     "write_latest",
@@ -83,30 +85,43 @@ def complete_tags(directory: Path) -> list[str]:
     return [tag for _, tag in sorted(found)]
 
 
+def is_deepspeed(folder: Path) -> bool:
+    """Return whether ``folder`` has files named as DeepSpeed names them."""
+    return next(folder.glob("*_states.pt"), None) is not None or (folder / "zero" / "optimizer_state.pt").is_file()
+
+
 def read_latest(directory: Path) -> str:
     """Return the tag that ``directory/latest`` names.
 
     Raises:
-        CheckpointError: there is no such folder, no such file in it, or it names no tag.
+        NoCheckpointError: there is no such folder, or no checkpoint in it.
+        CheckpointError: checkpoints are in it, but no such file, or it names no tag; or it cannot be read.
     """
-    if not directory.is_dir():
-        raise CheckpointError(
+    try:
+        if not stat.S_ISDIR(directory.stat().st_mode):
+            raise CheckpointError(
+                "this is no folder", where=str(directory), fix="pass the folder that checkpoints were saved to"
+            )
+    except FileNotFoundError:
+        raise NoCheckpointError(
             f"the checkpoint folder {str(directory)!r} does not exist",
             where="load_checkpoint",
             fix="check the path; save_checkpoint creates it",
-        )
+        ) from None
+    except OSError as error:
+        raise _unreadable(directory, error) from error
     try:
         content = _start_of(directory / LATEST, _MAX_LATEST_BYTES + 1)
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise _not_named(directory, "there is no file 'latest' that names the checkpoint to load") from None
-        raise _not_named(directory, f"the file 'latest' cannot be read: {error.strerror}") from error
+        raise _named_wrongly(directory, f"the file 'latest' cannot be read: {error.strerror}") from error
     if len(content) > _MAX_LATEST_BYTES:
-        raise _not_named(directory, f"the file 'latest' holds {content[:80]!r} and more, which is no tag")
+        raise _named_wrongly(directory, f"the file 'latest' holds {content[:80]!r} and more, which is no tag")
     try:
         return check_tag(content.decode().strip())
     except (CheckpointError, UnicodeDecodeError):
-        raise _not_named(directory, f"the file 'latest' holds {content[:80]!r}, which is no tag") from None
+        raise _named_wrongly(directory, f"the file 'latest' holds {content[:80]!r}, which is no tag") from None
 
 
 def _start_of(path: Path, nbytes: int) -> bytes:
@@ -125,9 +140,39 @@ def _start_of(path: Path, nbytes: int) -> bytes:
 
 
 def _not_named(directory: Path, what: str) -> CheckpointError:
+    """Return what is wrong with a folder that has no ``latest``."""
+    if (directory / MANIFEST).is_file() or is_deepspeed(directory):
+        return is_a_tag(str(directory), str(directory.parent), directory.absolute().name)
+    try:
+        folders = [path for path in directory.iterdir() if path.is_dir()]
+    except OSError as error:
+        return _unreadable(directory, error)
+    found = complete_tags(directory)
+    found += sorted(path.name for path in folders if path.name not in found and is_deepspeed(path))
+    if found:
+        return CheckpointError(what, where=str(directory), fix=f"pass tag=, one of {', '.join(found)}")
+    return NoCheckpointError(what, where=str(directory), fix="check the path: no checkpoint is in it")
+
+
+def _named_wrongly(directory: Path, what: str) -> CheckpointError:
     found = complete_tags(directory)
     fix = f"pass tag=, one of {', '.join(found)}" if found else "check the path: no checkpoint is in it"
     return CheckpointError(what, where=str(directory), fix=fix)
+
+
+def is_a_tag(place: str, parent: str, tag: str) -> CheckpointError:
+    """Return the error of a load from the folder of a tag, where that of the tags is expected."""
+    return CheckpointError(
+        f"this is the checkpoint {tag!r} itself, not the folder it is in",
+        where=place,
+        fix=f"load_checkpoint({parent!r}, tag={tag!r})",
+    )
+
+
+def _unreadable(directory: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"the folder cannot be read: {error.strerror}", where=str(directory), fix="check its permissions and the disk"
+    )
 
 
 def write_latest(directory: Path, tag: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from ds_core import comm
 from ds_core.checkpoint.jsonable import decode
+from ds_core.engine.matching import check, match, tell
 from ds_core.engine.overflow import OverflowHistory
 from ds_core.engine.parts import Outcome
 from ds_core.engine.rng import restore_rng
@@ -20,11 +22,11 @@ from ds_core.log import log_dist
 from ds_core.optim.slots import check_groups, restore_optimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from ds_core.engine.face import EngineFace
+    from ds_core.engine.matching import Matched
     from ds_core.interfaces.checkpoint import CheckpointReader
-    from ds_core.interfaces.logical import LogicalTensor
     from ds_core.interfaces.precision import LossScaler, PrecisionPlan
 
 __all__ = ["LoadOptions", "extra_state_of", "load_weights", "plan_in_words", "restore"]
@@ -62,20 +64,17 @@ def restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) 
     """
     parts, state = engine.parts, reader.state
     # Everything that can be refused is, before the first tensor changes.
+    matched = None
+    if options.custom is None:
+        matched = match(parts.partition.pieces(), reader)
+        check(matched, strict=options.strict)
+    of_optimizer = parts.partition.optimizer_pieces()
+    options = _with_optimizer_if_it_fits(engine, of_optimizer, state, options)
     scale = state["loss_scale"] if options.module_only else _scale_after(engine, state)
     _check_window(engine, reader, options, scale)
-    of_optimizer = parts.partition.optimizer_pieces()
     optimizer = engine.basic_optimizer if options.optimizer and "optimizer" in state else None
-    if options.optimizer and not options.module_only and engine.basic_optimizer and "optimizer_missing" in state:
-        raise CheckpointError(
-            f"the state of the optimizer cannot be loaded: {state['optimizer_missing']}",
-            where="load_checkpoint",
-            fix="pass load_optimizer_states=False to start the optimizer anew",
-        )
-    if optimizer is not None:
-        check_groups(optimizer, of_optimizer, state["optimizer"]["groups"])
     changes = _precision_changes(engine, state, options, scale)
-    _restore_weights(engine, reader, options)
+    _restore_weights(engine, reader, options, matched)
     if changes:
         log_dist(f"the checkpoint was written in another precision: {'; '.join(changes)}")
     if options.module_only:
@@ -83,11 +82,11 @@ def restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) 
     parts.partition.clear_gradients()
     if optimizer is not None:
         saved = state["optimizer"]
-        restore_optimizer(optimizer, of_optimizer, reader, saved["groups"], saved["values"])
+        restore_optimizer(optimizer, of_optimizer, reader, saved["groups"], saved["values"], saved.get("class"))
     if options.optimizer:
         _restore_gradients(engine, reader)
-    if options.schedule and engine.lr_scheduler is not None and "schedule" in state:
-        engine.lr_scheduler.load_state_dict(decode(state["schedule"]))
+    if options.schedule:
+        _restore_schedule(engine, state)
     if engine.training_dataloader is not None and "data" in state:
         engine.training_dataloader.load_state_dict(decode(state["data"]))
     _restore_scaler(parts.precision.scaler, type(parts.precision).__name__, state)
@@ -106,6 +105,53 @@ def restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) 
     rank_state = reader.rank_state(rank) if rank < reader.world_size else {}
     if "rng" in rank_state:  # not in what others than this engine wrote
         restore_rng(decode(rank_state["rng"]), engine.device)
+
+
+def _with_optimizer_if_it_fits(
+    engine: EngineFace, of_optimizer: Sequence[Piece], state: Mapping[str, Any], options: LoadOptions
+) -> LoadOptions:
+    """Return ``options``, without the optimizer where weights of other names are loaded by the caller's own function.
+
+    Raises:
+        CheckpointError: the state of the optimizer cannot be loaded into the one here.
+    """
+    optimizer = engine.basic_optimizer
+    if optimizer is None or not options.optimizer or options.module_only:
+        return options
+    if "optimizer_missing" in state:
+        raise CheckpointError(
+            f"the state of the optimizer cannot be loaded: {state['optimizer_missing']}",
+            where="load_checkpoint",
+            fix="pass load_optimizer_states=False to start the optimizer anew",
+        )
+    if "optimizer" not in state:
+        return options
+    try:
+        check_groups(optimizer, of_optimizer, state["optimizer"]["groups"])
+    except CheckpointError as error:
+        if options.custom is None:
+            raise
+        log_dist(f"the optimizer starts anew: {error.what}", level=logging.WARNING)
+        return replace(options, optimizer=False)
+    return options
+
+
+def _restore_schedule(engine: EngineFace, state: Mapping[str, Any]) -> None:
+    """Go on with the schedule of the checkpoint; warn where one is only here or only there."""
+    schedule = engine.lr_scheduler
+    if schedule is not None and "schedule" in state:
+        schedule.load_state_dict(decode(state["schedule"]))
+        return
+    if (schedule is None and "schedule" not in state) or engine.basic_optimizer is None:
+        return
+    rates = ", ".join(f"{rate:g}" for rate in engine.get_lr())
+    if schedule is None:
+        what = "the checkpoint's learning-rate schedule is not used, there is none here"
+        then = f"the rate stays at {rates}"
+    else:
+        what = f"the checkpoint has no learning-rate schedule: {type(schedule).__name__} starts at its beginning"
+        then = f"the rate is {rates} until it sets one"
+    log_dist(f"{what}; {then}", level=logging.WARNING)
 
 
 def plan_in_words(plan: PrecisionPlan) -> dict[str, str]:
@@ -206,47 +252,20 @@ def _check_gradients(engine: EngineFace, reader: CheckpointReader, scale: float)
             )
 
 
-def _restore_weights(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) -> None:
-    stored = {(of.name, of.kind): of for of in reader.tensors()}
-    wanted = list(engine.parts.partition.pieces())
-    if options.custom is not None:
+def _restore_weights(
+    engine: EngineFace, reader: CheckpointReader, options: LoadOptions, matched: Matched | None
+) -> None:
+    if matched is None:
+        assert options.custom is not None
         options.custom(src=_full_state_dict(engine, reader), dst=engine.module)
         engine.parts.partition.refresh_masters()
         return
-    found: list[Piece] = []
-    missing: list[str] = []
-    for piece in wanted:
-        of = _best_source(piece, stored)
-        if of is None:
-            missing.append(piece.of.name)
-        elif of.shape != piece.of.shape:
-            raise CheckpointError(
-                f"{of.kind} {of.name!r} is {list(of.shape)} in the checkpoint and {list(piece.of.shape)} in the model",
-                where="load_checkpoint",
-                fix="load it into a model of the same sizes",
-            )
-        else:
-            found.append(replace(piece, of=of))
-    mine = {(piece.of.name, piece.of.kind) for piece in wanted}
-    extra = sorted(name for (name, kind) in stored if kind in (WEIGHT, BUFFER) and (name, kind) not in mine)
-    missing = sorted(set(missing) - set(reader.state["excluded"]))
-    if options.strict and (missing or extra):
-        raise CheckpointError(
-            f"model and checkpoint differ: only in the model {missing[:5]}, only in the checkpoint {extra[:5]}",
-            where="load_checkpoint",
-            fix="load it into the model that wrote it, or pass load_module_strict=False",
-        )
-    reader.read(found)
+    tell(matched)
+    reader.read(matched.found)
     extra_state = decode(reader.state["extra_state"])
     for name, submodule in engine.module.named_modules():
         if _has_extra_state(submodule) and logical_name(name) in extra_state:
             submodule.set_extra_state(extra_state[logical_name(name)])
-
-
-def _best_source(piece: Piece, stored: Mapping[tuple[str, str], LogicalTensor]) -> LogicalTensor | None:
-    """Return the stored tensor with the most digits of ``piece``: a master is the weight before it was cast."""
-    kinds = (MASTER, WEIGHT) if piece.of.kind in (MASTER, WEIGHT) else (piece.of.kind,)
-    return next((stored[piece.of.name, kind] for kind in kinds if (piece.of.name, kind) in stored), None)
 
 
 @torch.no_grad()
