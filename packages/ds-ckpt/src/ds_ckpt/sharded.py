@@ -23,7 +23,7 @@ from ds_ckpt.loading import StoredReader
 from ds_ckpt.manifest import FORMAT, FORMAT_VERSION, decode, encode
 from ds_ckpt.storage import folder_at
 from ds_ckpt.stored import Stored, StoredChunk, StoredFile, StoredTensor
-from ds_ckpt.tags import latest_universal
+from ds_ckpt.tags import latest_universal, read_latest
 from ds_core.checkpoint import saving
 from ds_core.checkpoint.folder import LATEST, MANIFEST
 from ds_core.checkpoint.saving import agree_on_id, file_name, is_ours, place_in, together
@@ -95,7 +95,7 @@ class ShardedCheckpoint(CheckpointEngine):
         return StoredReader(formats.read(folder_at(directory) / tag))
 
     def read_latest(self, directory: Directory) -> str:
-        return folder_at(directory).read_latest()
+        return read_latest(directory)
 
     def read_latest_universal(self, directory: Directory) -> str:
         return latest_universal(directory)
