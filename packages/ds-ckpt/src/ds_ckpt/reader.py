@@ -12,6 +12,7 @@ from ds_ckpt.checks import damaged
 from ds_ckpt.loading import StoredReader
 from ds_ckpt.tags import folder_of
 from ds_core.checkpoint.jsonable import decode
+from ds_core.checkpoint.partly import values_of
 from ds_core.errors import CheckpointError, nearest
 from ds_core.interfaces.logical import BUFFER, MASTER, WEIGHT, Chunk, Piece
 
@@ -126,8 +127,8 @@ class Checkpoint:
 
     @property
     def client_state(self) -> dict[str, Any]:
-        """What the caller of ``save_checkpoint`` gave."""
-        return cast("dict[str, Any]", self.state.get("client_state", {}))
+        """What the caller of ``save_checkpoint`` gave; a value that cannot be read is missed when it is asked for."""
+        return cast("dict[str, Any]", values_of(self.state, "client_state"))
 
     def close(self) -> None:
         """Let go of all files."""

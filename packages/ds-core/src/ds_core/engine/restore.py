@@ -12,6 +12,7 @@ from torch import nn
 
 from ds_core import comm
 from ds_core.checkpoint.jsonable import decode
+from ds_core.checkpoint.partly import values_of
 from ds_core.engine.matching import check, match, tell
 from ds_core.engine.overflow import OverflowHistory
 from ds_core.engine.parts import Outcome
@@ -262,7 +263,7 @@ def _restore_weights(
         return
     tell(matched)
     reader.read(matched.found)
-    extra_state = decode(reader.state["extra_state"])
+    extra_state = values_of(reader.state, "extra_state", decode)
     for name, submodule in engine.module.named_modules():
         if _has_extra_state(submodule) and logical_name(name) in extra_state:
             submodule.set_extra_state(extra_state[logical_name(name)])

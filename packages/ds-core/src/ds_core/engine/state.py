@@ -15,6 +15,7 @@ import torch
 from ds_core.checkpoint.atomic import make_durable
 from ds_core.checkpoint.folder import check_tag, is_url
 from ds_core.checkpoint.jsonable import decode, encode
+from ds_core.checkpoint.partly import values_of
 from ds_core.comm import raise_together, same_on_all_ranks
 from ds_core.engine.names import frozen_names, shared_names
 from ds_core.engine.restore import extra_state_of, plan_in_words, restore
@@ -220,7 +221,7 @@ def load(
         path = f"{str(directory).rstrip('/')}/{chosen}" if isinstance(directory, str) else str(directory / chosen)
         with checkpoint.open(directory, chosen) as reader:
             restore(engine, reader, options)
-            client_state = decode(reader.state["client_state"])
+            client_state = values_of(reader.state, "client_state", decode, warn=True)
     except Exception as error:
         # Also a file that this rank cannot read, and what the client's own load_state_dict raises.
         failure = error
