@@ -33,6 +33,16 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([names[1], *others])
 
 
+def test_files_of_deepspeed_stay_and_are_told(tmp_path, caplog):
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt", "notes.txt"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path, keep=[])
+    assert len(list(tmp_path.iterdir())) == 3
+    (record,) = caplog.records
+    assert "2 files that DeepSpeed wrote are left beside" in record.getMessage()
+    assert "'mp_rank_00_model_states.pt'" in record.getMessage()
+
+
 def test_a_name_that_leads_into_a_folder_is_not_ours():
     name = file_name(0, "0" * 12, suffix="pt")
     assert is_ours(name)

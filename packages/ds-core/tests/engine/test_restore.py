@@ -15,6 +15,7 @@ from torch import nn
 import ds_core
 from ds_core import comm
 from ds_core.errors import CheckpointError
+from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 from ds_core.testing.ranks import run_ranks
 
 if TYPE_CHECKING:

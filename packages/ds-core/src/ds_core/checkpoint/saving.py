@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ds_core.checkpoint.atomic import NotDurableError
 from ds_core.checkpoint.disk_errors import fix_of
 from ds_core.comm import raise_together
-from ds_core.errors import CheckpointError
+from ds_core.errors import CheckpointError, few
 from ds_core.interfaces.logical import Chunk
 from ds_core.log import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
     from pathlib import Path
 
     from torch.distributed import ProcessGroup
@@ -36,6 +36,7 @@ __all__ = [
     "place_in",
     "remove_leftovers",
     "together",
+    "warn_of_deepspeed",
     "written_by",
 ]
 
@@ -142,9 +143,23 @@ def together(work: Callable[[], object], folder: object, group: ProcessGroup | N
 
 def remove_leftovers(folder: Path, *, keep: Collection[str]) -> None:
     """Remove what earlier saves under a tag left, and nothing of anybody else's; the new save is complete by now."""
-    for path in sorted(folder.iterdir()):
+    paths = sorted(folder.iterdir())
+    warn_of_deepspeed(folder, [path.name for path in paths])
+    for path in paths:
         if is_ours(path.name) and path.name not in keep:
             try:
                 path.unlink()
             except OSError as error:
                 logger.warning("a file of an earlier save cannot be removed: %s: %s", path, error.strerror)
+
+
+def warn_of_deepspeed(folder: object, names: Iterable[str]) -> None:
+    """Warn of files that DeepSpeed wrote under a tag: no save removes them, and they are not loaded any more."""
+    left = sorted(name for name in names if name.endswith("_states.pt"))
+    if left:
+        logger.warning(
+            "%s: %d files that DeepSpeed wrote are left beside the new checkpoint, which is what is loaded: %s",
+            folder,
+            len(left),
+            few(left),
+        )
