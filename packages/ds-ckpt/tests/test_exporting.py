@@ -278,6 +278,13 @@ def test_values_that_become_infinite_are_told(tmp_path, caplog):
     assert "'large', have values that float16 cannot hold: they are infinite now" in caplog.text
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bf16", "BFloat16"])
+def test_words_of_dtypes(dtype, tmp_path):
+    folder = save(tmp_path / "in", [piece("w", WEIGHT, tensor(3))])
+    done = ds_ckpt.export(folder, tmp_path / "out", dtype=dtype, max_shard_size="none")
+    assert load_file(tmp_path / "out" / done.files[0])["w"].dtype == torch.bfloat16
+
+
 def test_progress_counts_every_byte(tmp_path):
     folder = save(tmp_path / "in", [piece(f"w{n}", WEIGHT, tensor(100, 7)) for n in range(3)])
     for safe in (True, False):

@@ -10,6 +10,7 @@ import sys
 import time
 from datetime import datetime, timedelta, timezone
 from functools import partial
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -588,6 +589,10 @@ def test_a_file_url_is_a_folder_of_this_machine(tmp_path):
     check_content(ENGINE, tmp_path / "run", "tag", 1)
     assert ds_ckpt.open(url).path == tmp_path / "run" / "tag"
     assert command("verify", url)[0] == 0
+    assert folder_at("file:///data/my%20run%23") == LocalFolder(Path("/data/my run#"))
+    for hostile in ("file:///a/%2e%2e/b", "file:///a%2f%2e%2e/b", "file:///a%00"):
+        with pytest.raises(CheckpointError, match="cannot name a folder"):
+            folder_at(hostile)
 
 
 def test_neither_torch_nor_fsspec_is_loaded_before_it_is_needed(tmp_path):

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from ds_core.checkpoint.huggingface import STAGING, Layout, natural, parse_size, plan_layout, write_layout
+from ds_core.checkpoint.huggingface import STAGING, Layout, natural, parse_dtype, parse_size, plan_layout, write_layout
 from ds_core.checkpoint.safetensors_format import Entry, write_stream
 from ds_core.errors import CheckpointError
 
@@ -50,6 +51,31 @@ def names(folder: Path) -> list[str]:
 )
 def test_sizes_are_decimal(size, nbytes):
     assert parse_size(size) == nbytes
+
+
+@pytest.mark.parametrize("size", [None, "none", "None", "NONE"])
+def test_no_limit(size):
+    assert parse_size(size) is None
+
+
+@pytest.mark.parametrize(
+    ("given_dtype", "word"),
+    [
+        *((each, each) for each in ("float32", "bfloat16", "float16")),
+        *(("fp32", "float32"), ("BF16", "bfloat16"), ("fp16", "float16"), ("half", "float16")),
+        *((torch.bfloat16, "bfloat16"), (torch.float32, "float32"), ("torch.float16", "float16")),
+        *((None, None), ("none", None), ("None", None), ("Stored", None)),
+    ],
+)
+def test_words_of_dtypes(given_dtype, word):
+    assert parse_dtype(given_dtype) == word
+
+
+@pytest.mark.parametrize("given_dtype", ["", "int8", "float8", 5, torch.int32, "float64"])
+def test_dtypes_that_are_none(given_dtype):
+    with pytest.raises(CheckpointError, match="weights cannot be exported as") as caught:
+        parse_dtype(given_dtype)
+    assert caught.value.fix == "one of float32, bfloat16, float16, or None for what the model has"
 
 
 @pytest.mark.parametrize("size", ["", "GB", "5 XB", "-5GB", "0", 0, -1, "5GiB", True, 1.5j])

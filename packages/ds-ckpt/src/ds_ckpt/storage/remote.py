@@ -15,6 +15,7 @@ import re
 from contextlib import contextmanager
 from datetime import timezone
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from ds_ckpt.checks import check_name, damaged, short
 from ds_ckpt.storage import File, Folder
@@ -310,18 +311,21 @@ def folder_at_url(url: str) -> Folder:
             fix="give it to fsspec in its configuration files or environment variables",
         )
     rest = rest.rstrip("/")
-    if not rest or any(part in ("", ".", "..") for part in rest.removeprefix("/").split("/")):
+    is_local = scheme in ("file", "local")
+    # A store's names are as they are written.
+    path = unquote(rest) if is_local else rest
+    if not rest or any(part in ("", ".", "..") for part in path.removeprefix("/").split("/")):
         raise _bad_url(url, "it has no folder, or a part of it is empty, '.' or '..'")
-    if re.search(r"[\0\\?#]", rest):
+    if re.search(r"[\0\\?#]", rest) or "\0" in path:
         raise _bad_url(url, "it has a letter that stores read as more than one")
-    if scheme in ("file", "local"):
+    if is_local:
         from pathlib import Path
 
         from ds_ckpt.storage.local import LocalFolder
 
         if not rest.startswith("/"):
             raise _bad_url(url, "its path is not absolute: a third slash is missing")
-        return LocalFolder(Path(rest))
+        return LocalFolder(Path(path))
     fs, root = _connect(f"{scheme}://{rest}", scheme.rpartition(":")[2])
     return RemoteFolder(fs, root.rstrip("/"), f"{scheme}://{rest}")
 
