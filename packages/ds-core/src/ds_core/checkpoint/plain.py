@@ -175,7 +175,7 @@ class PlainReader(CheckpointReader):
 
 def _read_manifest(directory: Path, tag: str) -> dict[str, Any]:
     path = directory / tag / MANIFEST
-    others = complete_tags(directory)
+    others = [other for other in complete_tags(directory) if other != tag]
     fix = f"complete checkpoints there: {', '.join(others)}" if others else "no complete checkpoint is in this folder"
     try:
         manifest = json.loads(path.read_text())

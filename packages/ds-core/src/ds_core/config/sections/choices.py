@@ -62,8 +62,8 @@ def _upper(value: Any) -> Any:
     return value.upper() if isinstance(value, str) else value
 
 
-OF_THE_ENGINE = NoEffect("how files are written is up to the engine, see checkpoint.sharded for its options")
-ALL_WRITE = NoEffect("every rank writes its part, in as many threads as checkpoint.sharded.writers says")
+OF_THE_ENGINE = NoEffect("how files are written is up to the engine, whose options are in checkpoint.sharded or checkpoint.async")
+ALL_WRITE = NoEffect("every rank writes its part, in as many threads as writers in the section of the engine says")
 NOTHING_WRITTEN = NotBuilt(
     "FAST",
     "PYTHON",
