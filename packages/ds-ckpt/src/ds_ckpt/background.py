@@ -54,7 +54,8 @@ class AsyncCheckpoint(CheckpointEngine):
     def __init__(self, options: Section | None, group: ProcessGroup | None) -> None:
         super().__init__(options, group)
         self._config = cast("AsyncConfig", options) if options is not None else AsyncConfig()
-        self._reading = ShardedCheckpoint(self._config, group)
+        # One for all saves: it knows what is in the checkpoints that it has looked at.
+        self._writer = ShardedCheckpoint(self._config, group)
         self._memory = HostMemory()
         self._own_group: ProcessGroup | None = None
         self._flight: Flight | None = None
@@ -64,12 +65,13 @@ class AsyncCheckpoint(CheckpointEngine):
         rank, world_size = place_in(self.group)
         if world_size > 1 and self._own_group is None:
             self._own_group = _group_like(cast("ProcessGroup", self.group))
+        self._writer.group = self._own_group
         captured: list[Snapshot] = []
         together(
             lambda: captured.append(_captured(snapshot, rank, self._memory)), f"{directory}/{tag}", self._own_group
         )
         flight = Flight(
-            partial(_write, self._config, self._own_group, directory, tag, captured[0], latest),
+            partial(_write, self._writer, directory, tag, captured[0], latest),
             directory=directory,
             label=f"checkpoint {tag!r} in {directory}",
             total_bytes=sum(piece.data.nbytes for piece in captured[0].pieces),
@@ -79,13 +81,13 @@ class AsyncCheckpoint(CheckpointEngine):
         self._flight = flight
 
     def open(self, directory: Directory, tag: str) -> StoredReader:
-        return self._reading.open(directory, tag)
+        return self._writer.open(directory, tag)
 
     def read_latest(self, directory: Directory) -> str:
-        return self._reading.read_latest(directory)
+        return self._writer.read_latest(directory)
 
     def read_latest_universal(self, directory: Directory) -> str:
-        return self._reading.read_latest_universal(directory)
+        return self._writer.read_latest_universal(directory)
 
     def commit(self) -> None:
         if self._flight is None:
@@ -143,8 +145,7 @@ def _copy_of_json(value: Any) -> Any:
 
 
 def _write(
-    config: AsyncConfig,
-    group: ProcessGroup | None,
+    writer: ShardedCheckpoint,
     directory: Directory,
     tag: str,
     snapshot: Snapshot,
@@ -153,11 +154,12 @@ def _write(
 ) -> None:
     """Do the work of the thread."""
     try:
-        ShardedCheckpoint(config, group, on_written=count).save(directory, tag, snapshot, latest=latest)
+        writer.on_written = count
+        writer.save(directory, tag, snapshot, latest=latest)
     except DsError:
         raise
     except Exception as error:
-        if not _is_there(group):
+        if not _is_there(writer.group):
             raise CheckpointError(
                 "the process group was destroyed while the checkpoint was being written",
                 where=f"{directory}, tag {tag!r}",

@@ -71,7 +71,7 @@ class ShardedCheckpoint(CheckpointEngine):
     ) -> None:
         """``on_written``: told of every number of bytes that was written, in whatever thread."""
         super().__init__(options, group)
-        self._on_written = on_written
+        self.on_written = on_written
         self._config = cast("ShardedConfig", options) if options is not None else ShardedConfig()
         self._keeper = Keeper(keep_last=self._config.keep_last, keep_every=self._config.keep_every)
 
@@ -105,7 +105,7 @@ class ShardedCheckpoint(CheckpointEngine):
         folder.make()
         shares = share_out(written_by(rank, snapshot.pieces), writers=len(names), chunk_bytes=self._config.chunk_bytes)
         report = _Report([], [], snapshot.rank_state)
-        for parts, (file, chunks) in zip(shares, _write_files(folder, names, shares, self._on_written), strict=True):
+        for parts, (file, chunks) in zip(shares, _write_files(folder, names, shares, self.on_written), strict=True):
             report.files.append(file)
             report.chunks += [(part.piece.of, chunk) for part, chunk in zip(parts, chunks, strict=True)]
         if shares:
