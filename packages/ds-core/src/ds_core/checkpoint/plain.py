@@ -23,9 +23,11 @@ from ds_core.checkpoint.folder import (
     PLAIN_FORMAT,
     PLAIN_VERSION,
     complete_tags,
+    is_deepspeed,
     read_latest,
     write_latest,
 )
+from ds_core.checkpoint.lost import telling_of_lost_ranks
 from ds_core.checkpoint.pieces import Filling, check_once, describe, from_row
 from ds_core.checkpoint.saving import (
     agree_on_id,
@@ -37,7 +39,7 @@ from ds_core.checkpoint.saving import (
     written_by,
 )
 from ds_core.errors import CheckpointError
-from ds_core.interfaces.checkpoint import CheckpointEngine, CheckpointReader
+from ds_core.interfaces.checkpoint import CheckpointEngine, CheckpointReader, digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,8 +56,11 @@ class PlainCheckpoint(CheckpointEngine):
     """Writes files first and the manifest last, so a torn checkpoint is never visible. Nothing is pickled."""
 
     def save(self, directory: Directory, tag: str, snapshot: Snapshot, *, latest: bool) -> None:
+        with telling_of_lost_ranks(Path(directory) / tag):
+            self._save(Path(directory), tag, snapshot, latest)
+
+    def _save(self, directory: Path, tag: str, snapshot: Snapshot, latest: bool) -> None:
         rank, world_size = place_in(self.group)
-        directory = Path(directory)
         folder = directory / tag
         save_id = agree_on_id(self.group)
         together(lambda: self._write_own(folder, file_name(rank, save_id), rank, snapshot), folder, self.group)
@@ -125,6 +130,10 @@ class PlainReader(CheckpointReader):
     def world_size(self) -> int:
         return int(self._manifest["world_size"])
 
+    @property
+    def identity(self) -> str:
+        return digest(self._manifest["files"], self.world_size, self.state)
+
     def rank_state(self, rank: int) -> Mapping[str, Any]:
         return self._rank_states[rank]
 
@@ -181,12 +190,16 @@ def _read_manifest(directory: Path, tag: str) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:
         half = path.parent.is_dir()
-        if half and _is_deepspeed(path.parent):
+        if half and is_deepspeed(path.parent):
             raise _of_another_engine("this checkpoint was written by DeepSpeed", path.parent) from None
         what = (
             f"checkpoint {tag!r} is not complete: it has no {MANIFEST}" if half else f"there is no checkpoint {tag!r}"
         )
         raise CheckpointError(what, where=str(directory), fix=fix) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"the manifest cannot be read: {error.strerror}", where=str(path), fix="check its permissions and the disk"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the manifest is damaged: {error}", where=str(path), fix=fix) from error
     if not isinstance(manifest, dict) or manifest.get("format") != PLAIN_FORMAT:
@@ -223,11 +236,6 @@ def _wrong_in(manifest: Mapping[str, Any]) -> str | None:
         return f"it does not name a file of each of {world_size} ranks"
     strange = [name for name, size in files.items() if not is_ours(name) or type(size) is not int]
     return f"it names {strange[0][:80]!r}, which is no file of a checkpoint" if strange else None
-
-
-def _is_deepspeed(folder: Path) -> bool:
-    """Return whether ``folder`` has files named as DeepSpeed names them."""
-    return next(folder.glob("*_states.pt"), None) is not None or (folder / "zero" / "optimizer_state.pt").is_file()
 
 
 def _of_another_engine(what: str, where: Path) -> CheckpointError:

@@ -6,37 +6,47 @@ What becomes of the engine once a checkpoint is open is in :mod:`ds_core.engine.
 from __future__ import annotations
 
 import logging
-import re
-from pathlib import Path
+import weakref
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from ds_core.checkpoint.atomic import make_durable
 from ds_core.checkpoint.folder import check_tag, is_url
-from ds_core.checkpoint.jsonable import decode, encode
+from ds_core.checkpoint.jsonable import decode, encode, encode_mapping
+from ds_core.checkpoint.local import local_path
 from ds_core.checkpoint.partly import values_of
-from ds_core.comm import raise_together, same_on_all_ranks
+from ds_core.checkpoint.saving import together
+from ds_core.comm import all_or_none, values_of_ranks
 from ds_core.engine.names import frozen_names, shared_names
 from ds_core.engine.restore import extra_state_of, plan_in_words, restore
 from ds_core.engine.rng import capture_rng
-from ds_core.errors import CheckpointError, DsError
+from ds_core.errors import CheckpointError
+from ds_core.interfaces.checkpoint import digest
 from ds_core.interfaces.logical import WEIGHT, Snapshot
 from ds_core.log import log_dist
 from ds_core.optim.slots import group_state, slot_pieces, slot_values
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from os import PathLike
+
+    from torch.distributed import ProcessGroup
 
     from ds_core.engine.face import EngineFace
     from ds_core.engine.restore import LoadOptions
-    from ds_core.interfaces.checkpoint import Directory
+    from ds_core.interfaces.checkpoint import CheckpointReader, Directory
 
 __all__ = ["load", "save"]
 
-
-_WAS_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_NEEDED: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("global_steps", "global_samples", "skipped_steps", "micro_steps", "in_window"), int),
+    **dict.fromkeys(("accumulation", "stage"), int),
+    **dict.fromkeys(("plan", "scaler", "extra_state", "client_state"), dict),
+    "loss_scale": (int, float),
+    "precision": str,
+    "excluded": list,
+}
+"""What the state of every checkpoint of an engine has, and in which form."""
 
 
 def save(
@@ -57,26 +67,30 @@ def save(
     Args:
         save_dir: made if missing.
         tag: name of the folder in it; None: ``global_step<n>``.
-        client_state: the caller's own, in what JSON can hold; see :func:`ds_core.checkpoint.jsonable.encode`.
-        latest: write ``save_dir/latest``.
-        exclude_frozen: leave out the weights that are not trained.
+        client_state: the caller's own, in what JSON can hold; see :func:`ds_core.checkpoint.jsonable.encode`. Rank 0's
+            is saved; the others may leave it out, and one that differs is warned of once.
+        latest: write ``save_dir/latest``; rank 0's counts.
+        exclude_frozen: leave out the weights that are not trained; the same on every rank.
 
     Raises:
-        CheckpointError: on every rank, with the reason of the one that failed.
+        CheckpointError: on every rank, with the reason of the one that failed; also what the ``state_dict`` of
+            something of the caller's raised, as its cause.
     """
-    directory, tag = _agree_on_place(engine, save_dir, tag)
-    failure: Exception | None = None
-    snapshot = None
-    try:
+    group = engine.parts.group
+    snapshot: list[Snapshot] = []
+    place: list[tuple[Directory, str, dict[str, Any]]] = []
+    together(lambda: place.append(_place_of(engine, save_dir, tag, client_state)), "save_checkpoint", group)
+    directory, chosen, client = place[0]
+    chosen = _agree_on_place(engine, directory, chosen, client, exclude_frozen)
+
+    def prepare() -> None:
         _make_folder(directory)
-        snapshot = _capture(engine, client_state, exclude_frozen)
-    except Exception as error:
-        # Also what the client's own state_dict raises: the other ranks are waiting for this one.
-        failure = error
-    raise_together(failure, engine.parts.group)
-    assert snapshot is not None
-    engine.parts.checkpoint.save(directory, tag, snapshot, latest=latest)
-    log_dist(f"saved checkpoint {tag!r} in {directory}", level=logging.DEBUG)
+        snapshot.append(_capture(engine, client, exclude_frozen))
+
+    # Also for what the caller's own state_dict raises: the other ranks are waiting for this one.
+    together(prepare, "save_checkpoint", group)
+    engine.parts.checkpoint.save(directory, chosen, snapshot[0], latest=latest)
+    log_dist(f"saved checkpoint {chosen!r} in {directory}", level=logging.DEBUG)
 
 
 def _make_folder(directory: Directory) -> None:
@@ -90,38 +104,64 @@ def _make_folder(directory: Directory) -> None:
         ) from error
 
 
-def _agree_on_place(engine: EngineFace, save_dir: str | PathLike[str], tag: str | None) -> tuple[Directory, str]:
-    """Return directory and tag, the same on every rank; ``checkpoint.tag_validation`` says what if tags differ."""
-    failure: DsError | None = None
-    directory: Directory = ""
-    chosen = ""
-    try:
-        if not save_dir:
-            raise CheckpointError("no folder was given", where="save_checkpoint(save_dir)", fix="pass a path")
-        directory = _directory_of(engine, save_dir, "save_checkpoint(save_dir)")
-        chosen = check_tag(f"global_step{engine.global_steps}" if tag is None else tag)
-    except CheckpointError as error:
-        failure = error
-    raise_together(failure, engine.parts.group)
-    differing = same_on_all_ranks(str(save_dir), engine.parts.group)
-    if differing:
+def _place_of(
+    engine: EngineFace, save_dir: str | PathLike[str], tag: str | None, client_state: Mapping[str, Any]
+) -> tuple[Directory, str, dict[str, Any]]:
+    """Return what this rank was asked for: directory, tag, and the client state encoded."""
+    if not save_dir:
+        raise CheckpointError("no folder was given", where="save_checkpoint(save_dir)", fix="pass a path")
+    directory = _directory_of(engine, save_dir, "save_checkpoint(save_dir)")
+    chosen = check_tag(f"global_step{engine.global_steps}" if tag is None else tag)
+    return directory, chosen, encode_mapping(client_state, "client_state")
+
+
+def _agree_on_place(
+    engine: EngineFace, directory: Directory, tag: str, client: Mapping[str, Any], exclude_frozen: bool
+) -> str:
+    """Return the tag, the same on every rank; ``checkpoint.tag_validation`` says what if tags differ. Collective."""
+    mine = (str(directory), tag, bool(exclude_frozen), digest(client) if client else None)
+    directories, tags, exclusions, clients = zip(*values_of_ranks(mine, engine.parts.group), strict=True)
+    if other := _differing(directories):
         raise CheckpointError(
-            f"ranks save to different folders: rank {min(differing)} to {differing[min(differing)]!r}",
+            f"ranks save to different folders: rank {other} to {directories[other]!r}",
             where="save_checkpoint(save_dir)",
             fix="pass the same folder on every rank; it is the rank's file in it that differs",
         )
-    differing = same_on_all_ranks(chosen, engine.parts.group)
-    if differing:
-        what = f"ranks save under different tags: rank {min(differing)} under {differing[min(differing)]!r}"
+    if other := _differing(exclusions):
+        raise CheckpointError(
+            f"ranks pass different exclude_frozen_parameters: rank {other} {exclusions[other]}, rank 0 {exclusions[0]}",
+            where="save_checkpoint(exclude_frozen_parameters)",
+            fix="pass the same on every rank",
+        )
+    _warn_of_client_states(engine, clients)
+    if other := _differing(tags):
+        what = f"ranks save under different tags: rank {other} under {tags[other]!r}"
         validation = engine._config.checkpoint.tag_validation.lower()
         if validation == "fail":
             raise CheckpointError(what, where="checkpoint.tag_validation", fix="pass the same tag on every rank")
-        told = [chosen]
-        torch.distributed.broadcast_object_list(told, group=engine.parts.group, group_src=0)
-        chosen = told[0]
         if validation == "warn":
-            log_dist(f"{what}; all use rank 0's tag {chosen!r}", level=logging.WARNING)
-    return directory, chosen
+            log_dist(f"{what}; all use rank 0's tag {tags[0]!r}", level=logging.WARNING)
+    chosen: str = tags[0]
+    return chosen
+
+
+def _differing(values: Sequence[object]) -> int:
+    """Return the first rank whose value is not rank 0's; 0 if there is none."""
+    return next((rank for rank, value in enumerate(values) if value != values[0]), 0)
+
+
+_warned_of_client_states: weakref.WeakSet[EngineFace] = weakref.WeakSet()
+"""Engines of which it was said that client states differ: once is enough."""
+
+
+def _warn_of_client_states(engine: EngineFace, digests: Sequence[str | None]) -> None:
+    others = [str(rank) for rank, theirs in enumerate(digests) if theirs not in (None, digests[0])]
+    if others and engine not in _warned_of_client_states:
+        _warned_of_client_states.add(engine)
+        log_dist(
+            f"the client_state of rank {', '.join(others)} differs from rank 0's: only rank 0's is saved",
+            level=logging.WARNING,
+        )
 
 
 def _directory_of(engine: EngineFace, given: str | PathLike[str], where: str) -> Directory:
@@ -139,16 +179,10 @@ def _directory_of(engine: EngineFace, given: str | PathLike[str], where: str) ->
             where=where,
             fix='pip install ds-ckpt and set "checkpoint": {"engine": "sharded"}, or pass a path',
         )
-    path = Path(given)
-    if not isinstance(given, str) and _WAS_URL.match(str(path)) and not Path(path.parts[0]).exists():
-        # Silently kept in a folder called 's3:' of this machine, it would be gone with the machine.
-        raise CheckpointError(
-            f"the path {str(path)!r} was made of a URL, and lost one of its slashes", where=where, fix="pass it as text"
-        )
-    return path
+    return local_path(given, where)
 
 
-def _capture(engine: EngineFace, client_state: Mapping[str, Any], exclude_frozen: bool) -> Snapshot:
+def _capture(engine: EngineFace, client: Mapping[str, Any], exclude_frozen: bool) -> Snapshot:
     parts = engine.parts
     window = parts.accumulation
     if window.backwards:
@@ -181,7 +215,7 @@ def _capture(engine: EngineFace, client_state: Mapping[str, Any], exclude_frozen
         # For those who read the weights without the model: exports, the tools.
         "frozen": sorted(frozen),
         "shared": shared_names(engine.module),
-        "client_state": encode(dict(client_state), "client_state"),
+        "client_state": client,
     }
     optimizer = engine.basic_optimizer
     if optimizer is not None:
@@ -189,6 +223,7 @@ def _capture(engine: EngineFace, client_state: Mapping[str, Any], exclude_frozen
         pieces += slot_pieces(optimizer, of_optimizer)
         pieces += parts.partition.gradient_pieces()
         state["optimizer"] = {
+            "class": type(optimizer).__name__,
             "groups": group_state(optimizer, of_optimizer),
             "values": slot_values(optimizer, of_optimizer),
         }
@@ -204,35 +239,102 @@ def load(
 ) -> tuple[str, dict[str, Any]]:
     """Load a checkpoint into ``engine``; the world size it was written at does not matter. Collective.
 
+    All of it is agreed on: every rank passes the same, ``latest`` is read by rank 0, and each finds the same checkpoint
+    under the tag, also where somebody saves over it meanwhile.
+
     Returns:
         (path of the checkpoint, client state).
 
     Raises:
         CheckpointError: on every rank: no such checkpoint, half of one, or one of another model. Tensors loaded until
-            then stay loaded. Also where a save in the background failed and nobody was told yet: nothing is loaded.
+            then stay loaded. Also where a save in the background failed and nobody was told yet, and where the ranks
+            differ in what they pass or find: nothing is loaded then.
+        Exception: what the caller's own ``load_state_dict`` raised, on its rank; the others get a DsError.
     """
-    failure: Exception | None = None
-    path, client_state = "", {}
-    try:
-        directory = _directory_of(engine, load_dir, "load_checkpoint(load_dir)")
-        checkpoint = engine.parts.checkpoint
-        checkpoint.commit()  # what is being saved in the background may be what is to be loaded
-        chosen = _latest(engine, directory) if tag is None else check_tag(tag)
-        path = f"{str(directory).rstrip('/')}/{chosen}" if isinstance(directory, str) else str(directory / chosen)
-        with checkpoint.open(directory, chosen) as reader:
-            restore(engine, reader, options)
-            client_state = values_of(reader.state, "client_state", decode, warn=True)
-    except Exception as error:
-        # Also a file that this rank cannot read, and what the client's own load_state_dict raises.
-        failure = error
-    raise_together(failure, engine.parts.group)
+    group, checkpoint = engine.parts.group, engine.parts.checkpoint
+    directory, given = all_or_none(lambda: _source_of(engine, load_dir, tag), group)
+    _agree_on_source(directory, given, options, group)
+    # What is being saved in the background may be what is to be loaded; also engines of others agree by themselves.
+    all_or_none(checkpoint.commit, group)
+    chosen = given if given is not None else _latest(engine, directory)
+    path = f"{str(directory).rstrip('/')}/{chosen}" if isinstance(directory, str) else str(directory / chosen)
+    with ExitStack() as opened:
+        reader = all_or_none(lambda: opened.enter_context(checkpoint.open(directory, chosen)), group)
+        identities = values_of_ranks(all_or_none(lambda: _checked(reader, path), group), group)
+        if other := _differing(identities):
+            raise CheckpointError(
+                f"rank {other} found another checkpoint than rank 0 under the tag {chosen!r}",
+                where=path,
+                fix="load it once nobody saves under this tag; every rank must see the same files",
+            )
+        # Also for a file that one rank cannot read, and for what the caller's own load_state_dict raises.
+        client_state = all_or_none(lambda: _loaded(engine, reader, options), group)
     engine.parts.partition.after_load()
     log_dist(f"loaded checkpoint {path}")
     return path, client_state
 
 
+def _source_of(engine: EngineFace, load_dir: str | PathLike[str], tag: str | None) -> tuple[Directory, str | None]:
+    directory = _directory_of(engine, load_dir, "load_checkpoint(load_dir)")
+    return directory, None if tag is None else check_tag(tag)
+
+
+def _agree_on_source(directory: Directory, tag: str | None, options: LoadOptions, group: ProcessGroup) -> None:
+    """Refuse what would load one thing on one rank and another on the next. Collective."""
+    mine = {
+        "load_dir": str(directory),
+        "tag": tag,
+        "load_module_strict": bool(options.strict),
+        "load_optimizer_states": bool(options.optimizer),
+        "load_lr_scheduler_states": bool(options.schedule),
+        "load_module_only": bool(options.module_only),
+        "custom_load_fn": options.custom is not None,
+    }
+    told = values_of_ranks(mine, group)
+    if other := _differing(told):
+        name = next(name for name, value in told[other].items() if value != told[0][name])
+        raise CheckpointError(
+            f"ranks load with different {name}: rank {other} {told[other][name]!r}, rank 0 {told[0][name]!r}",
+            where=f"load_checkpoint({name})",
+            fix="pass the same on every rank",
+        )
+
+
 def _latest(engine: EngineFace, directory: Directory) -> str:
-    checkpoint = engine.parts.checkpoint
-    if engine._config.checkpoint.load_universal:
-        return checkpoint.read_latest_universal(directory)
-    return checkpoint.read_latest(directory)
+    """Return the tag that rank 0 finds named, on every rank. Collective."""
+    checkpoint, group = engine.parts.checkpoint, engine.parts.group
+    is_universal = engine._config.checkpoint.load_universal
+    read = checkpoint.read_latest_universal if is_universal else checkpoint.read_latest
+    found = all_or_none(lambda: read(directory) if group.rank() == 0 else None, group)
+    tag: str = values_of_ranks(found, group)[0]
+    return tag
+
+
+def _checked(reader: CheckpointReader, path: str) -> str:
+    """Return the identity of what was opened, once its state is known to be an engine's."""
+    state = reader.state
+    for key, kinds in _NEEDED.items():
+        if key not in state:
+            raise CheckpointError(
+                f"the state of the checkpoint has no {key!r}", where=path, fix="load one that save_checkpoint wrote"
+            )
+        if not isinstance(state[key], kinds):
+            raise CheckpointError(
+                f"the state of the checkpoint has {str(state[key])[:60]!r} as {key!r}",
+                where=path,
+                fix="load one that save_checkpoint wrote",
+            )
+    for key in ("groups", "values") if "optimizer" in state else ():
+        if not isinstance(state["optimizer"], dict) or key not in state["optimizer"]:
+            raise CheckpointError(
+                f"the state of the checkpoint has no {key!r} of the optimizer",
+                where=path,
+                fix="load one that save_checkpoint wrote",
+            )
+    return reader.identity
+
+
+def _loaded(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) -> dict[str, Any]:
+    restore(engine, reader, options)
+    client_state: dict[str, Any] = values_of(reader.state, "client_state", decode, warn=True)
+    return client_state
