@@ -166,6 +166,10 @@ def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, mo
     with pytest.raises(CheckpointError, match="cannot be read: Permission denied") as caught:
         read_latest(tmp_path)
     assert not isinstance(caught.value, NoCheckpointError)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", lambda path, flags: denied(path))
+        with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
+            read_latest(tmp_path)
     monkeypatch.setattr(Path, "stat", lambda path, **options: denied(path))
     with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
         read_latest(tmp_path)

@@ -134,6 +134,18 @@ def test_the_folder_of_a_tag_comes_with_the_right_call(tmp_path):
     assert caught.value.fix == f"load_checkpoint({str(tmp_path)!r}, tag='global_step1')"
 
 
+def test_what_may_not_be_read_is_an_error_of_checkpoints(tmp_path, monkeypatch):
+    saved(tmp_path)
+
+    def denied(path, *_args, **_options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    engine = start()
+    monkeypatch.setattr("pathlib.Path.read_text", denied)
+    with pytest.raises(CheckpointError, match="the manifest cannot be read: Permission denied"):
+        engine.load_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("path", [None, "", 5, b"run"])
 def test_what_is_no_path_is_refused(path):
     engine = start()

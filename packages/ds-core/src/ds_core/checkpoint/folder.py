@@ -115,6 +115,8 @@ def read_latest(directory: Path) -> str:
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise _not_named(directory, "there is no file 'latest' that names the checkpoint to load") from None
+        if isinstance(error, PermissionError):
+            raise _unreadable(directory, error) from error
         raise _named_wrongly(directory, f"the file 'latest' cannot be read: {error.strerror}") from error
     if len(content) > _MAX_LATEST_BYTES:
         raise _named_wrongly(directory, f"the file 'latest' holds {content[:80]!r} and more, which is no tag")

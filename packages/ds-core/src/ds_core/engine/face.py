@@ -382,7 +382,7 @@ class EngineFace(ConfigGetters, nn.Module):
         try:
             return state.load(self, load_dir, tag, options)
         except NoCheckpointError as error:  # on every rank, and nothing was loaded on any
-            log_dist(f"nothing is loaded: {error.what} ({error.where})", level=logging.WARNING)
+            log_dist(f"nothing is loaded: {error.what} ({error.where}); {error.fix}", level=logging.WARNING)
             return None, None
 
     # -- weights for others -----------------------------------------------------------------------------------------

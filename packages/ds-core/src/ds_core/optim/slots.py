@@ -167,7 +167,7 @@ def _starts_anew(
     if saved_options == own_options or saved_by in {base.__name__ for base in type(optimizer).__mro__}:
         log_dist(f"{what}: its state is loaded", level=logging.WARNING)
         return False
-    state = f"its state ({', '.join(sorted(slots))}) is" if slots else "state is"
+    state = f"its state ({', '.join(sorted(slots))}) is" if slots else "its state is"
     gone = ", ".join(sorted(saved_options - own_options))
     log_dist(
         f"{what}: {state} not loaded{f', nor are its options {gone}' if gone else ''}; {here} starts anew, "
