@@ -22,7 +22,7 @@ from ds_ckpt.sharded import ShardedCheckpoint
 from ds_core.checkpoint import flight
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import Chunk, LogicalTensor, Piece, Snapshot
-from ds_core.testing.checkpoint import check_content, snapshot
+from ds_core.testing.checkpoint import check_content, save_and_commit, snapshot
 from ds_core.testing.memory import LiveStorage
 from ds_core.testing.ranks import run_ranks
 
@@ -376,6 +376,66 @@ def test_on_two_ranks(tmp_path):
     for tag, version in (("tag1", 1), ("tag2", 2), ("tag3", 3), ("after", 4), ("early", 1)):
         check_content(reading, tmp_path, tag, version)
     assert reading.read_latest(tmp_path) == "after"
+
+
+def _one_thread_cannot_start(directory):
+    """Then no rank's thread begins, and nobody waits for one; the next save is as ever."""
+    import torch.distributed as dist
+
+    def start_none(thread):
+        raise RuntimeError("can't start new thread")
+
+    engine = _engine()
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(flight.threading.Thread, "start", start_none)
+        with pytest.raises(CheckpointError, match="cannot be started: can't start new thread"):
+            engine.save(Path(directory), "none", _given(1), latest=True)
+    engine.commit()
+    assert not (Path(directory) / "none").exists()
+    engine.save(Path(directory), "tag", _given(2), latest=True)
+    engine.close()
+
+
+def _one_rank_loads_from_nowhere(directory):
+    """While a save is in flight: the ranks wait for it together, or not at all."""
+    import torch.distributed as dist
+
+    trained, *_ = ds_core.initialize(model=torch.nn.Linear(8, 4), config=CONFIG)
+    step(trained)
+    trained.save_checkpoint(directory, "tag")
+    with pytest.raises(CheckpointError, match="lost one of its slashes"):
+        trained.load_checkpoint(Path("s3://x/y") if dist.get_rank() else directory, "tag")
+    trained.load_checkpoint(directory, "tag")
+    trained.destroy()
+
+
+def _one_rank_is_without_the_store(directory):
+    """Such as a host where its package is missing; for both engines."""
+    import torch.distributed as dist
+
+    from ds_ckpt import sharded
+
+    def find(place):
+        if dist.get_rank() == 1:
+            raise CheckpointError("memory:// needs a package that is not installed")
+        return folder_at(place)
+
+    folder_at = sharded.folder_at
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded, "folder_at", find)
+        for engine in (_engine(), ShardedCheckpoint(None, dist.group.WORLD)):
+            with pytest.raises(CheckpointError, match="needs a package that is not installed"):
+                save_and_commit(engine, directory, "tag", _given(1))
+            engine.close()
+    engine = ShardedCheckpoint(None, dist.group.WORLD)
+    engine.save(directory, "tag", _given(1), latest=True)
+
+
+def test_what_one_rank_cannot_do_is_told_to_all(tmp_path):
+    cases = (_one_thread_cannot_start, _one_rank_loads_from_nowhere, _one_rank_is_without_the_store)
+    run_ranks([partial(case, str(tmp_path / case.__name__)) for case in cases], 2, timeout_s=20)
+    check_content(AsyncCheckpoint(None, None), tmp_path / "_one_thread_cannot_start", "tag", 2)
 
 
 def test_a_group_that_is_not_the_whole_job_is_refused(tmp_path):

@@ -363,7 +363,11 @@ def test_wrong_arguments_are_told_before_anything_is_written(tmp_path):
     for options, named in (({"dtype": "int8"}, "exported as 'int8'"), ({"max_shard_size": "5 XB"}, "size of a shard")):
         with pytest.raises(CheckpointError, match=named):
             ds_ckpt.export(folder, tmp_path / "out", **options)
+    for place in ("gs://bucket/out", Path("gs://bucket/out"), ""):
+        with pytest.raises(CheckpointError, match=r"no URL such as gs://|lost one of its slashes|no path was given"):
+            ds_ckpt.export(folder, place)
     assert not (tmp_path / "out").exists()
+    assert not Path("gs:").exists()
     shutil.rmtree(folder / "tag")
     with pytest.raises(CheckpointError):
         ds_ckpt.export(folder, tmp_path / "out")

@@ -67,6 +67,19 @@ def test_memory_for_saving_and_loading_is_at_most_a_chunk(tmp_path, data, most):
     assert live.peak_bytes <= most
 
 
+@pytest.mark.parametrize("section", ["sharded", "async"])
+def test_a_manifest_that_is_too_large_says_what_makes_it_so(tmp_path, monkeypatch, section):
+    monkeypatch.setattr("ds_ckpt.sharded.MAX_JSON_BYTES", 3000)
+    engine = ShardedCheckpoint(ShardedConfig(chunk_bytes=64), None, section=section)
+    with pytest.raises(DsError, match="the manifest would have") as caught:
+        engine.save(tmp_path, "tag", Snapshot([large(torch.zeros(64, 16))], {}, {}), latest=True)
+    assert f"checkpoint.{section}.chunk_bytes" in caught.value.fix
+    with pytest.raises(DsError, match="the manifest would have") as caught:
+        engine.save(tmp_path, "tag", Snapshot([], {"client_state": "x" * 4000}, {}), latest=True)
+    assert "client_state" in caught.value.fix
+    assert "chunk_bytes" not in caught.value.fix
+
+
 def test_options_are_checked_with_the_configuration():
     for options, expected in (({"writers": 0}, "writers"), ({"shards": 2}, "shards")):
         config = {"train_batch_size": 1, "checkpoint": {"engine": "sharded", "sharded": options}}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_ckpt.ranges import Ranges
 from ds_ckpt.reader import open as open_checkpoint
 from ds_ckpt.weights import weights_of
 from ds_core.checkpoint.huggingface import parse_dtype, parse_size, plan_layout, write_layout
+from ds_core.checkpoint.local import local_path
 from ds_core.checkpoint.safetensors_format import Entry, write_stream
 from ds_core.errors import MissingPackageError
 from ds_core.log import logger
@@ -16,6 +16,7 @@ from ds_core.log import logger
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from os import PathLike
+    from pathlib import Path
 
     import torch
 
@@ -62,7 +63,7 @@ def export(
     parse_size(max_shard_size)
     if not safe_serialization:
         _need_torch()
-    folder = Path(output)
+    folder = local_path(output, "output")
     with open_checkpoint(path, tag) as checkpoint:
         weights = weights_of(checkpoint.stored, word, exclude_frozen=exclude_frozen_parameters)
         ranges = Ranges(checkpoint.stored)
