@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ds_core.checkpoint.atomic import make_durable, replace_text, sync_folder
+from ds_core.checkpoint.disk_errors import fix_of
 from ds_core.errors import CheckpointError
 from ds_core.log import logger
 
@@ -282,5 +283,5 @@ def writing(folder: Path) -> Iterator[None]:
         raise CheckpointError(
             f"the weights cannot be written: {error.strerror or error}",
             where=str(error.filename or folder),
-            fix="free space or choose another folder",
+            fix=fix_of(error),
         ) from error
