@@ -57,7 +57,8 @@ class Encoder:
         Raises:
             CheckpointError: there are too many of those.
         """
-        kept, reasons = {}, {}
+        kept: dict[Any, Any] = {}
+        reasons: dict[str, str] = {}
         for key, value in values.items():
             try:
                 kept[key] = self.encode(value, f"{where}.{str(key)[:80]}")

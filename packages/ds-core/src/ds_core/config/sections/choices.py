@@ -62,7 +62,9 @@ def _upper(value: Any) -> Any:
     return value.upper() if isinstance(value, str) else value
 
 
-OF_THE_ENGINE = NoEffect("how files are written is up to the engine, whose options are in checkpoint.sharded or checkpoint.async")
+OF_THE_ENGINE = NoEffect(
+    "how files are written is up to the engine, whose options are in checkpoint.sharded or checkpoint.async"
+)
 ALL_WRITE = NoEffect("every rank writes its part, in as many threads as writers in the section of the engine says")
 NOTHING_WRITTEN = NotBuilt(
     "FAST",
