@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from ds_ckpt.formats import is_deepspeed
 from ds_ckpt.storage import folder_at
 from ds_core.checkpoint.folder import LATEST, LATEST_UNIVERSAL, MANIFEST, check_tag
 from ds_core.errors import CheckpointError
+from ds_core.log import log_dist
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Tag", "find_tags", "folder_of", "latest_problem", "latest_universal", "read_latest"]
 
-_LATEST_UNIVERSAL = "latest_universal"
 _MAX_TAG_BYTES = 4096
 
 
@@ -115,25 +116,32 @@ def folder_of(place: str | PathLike[str] | Folder, tag: str | None) -> Folder:
 
 
 def latest_universal(place: str | PathLike[str] | Folder) -> str:
-    """Return the tag that ``checkpoint.load_universal`` means: ``latest_universal``'s, else ``latest``'s if it is ours.
+    """Return the tag that ``checkpoint.load_universal`` means: ``latest_universal``'s, else ``latest``'s.
 
-    Ours are universal as they are: they load at any world size, stage and precision.
+    Every checkpoint is universal as it is: it loads at any world size, stage and precision. Of one that DeepSpeed wrote
+    a warning says that it was not converted.
 
     Raises:
-        CheckpointError: there is no such folder; or no such file, and what ``latest`` names was written by DeepSpeed.
+        NoCheckpointError: there is no such folder, or no checkpoint in it.
+        CheckpointError: checkpoints are in it, but no such file.
     """
     directory = folder_at(place)
-    _check_folder(directory)
-    if directory.has(_LATEST_UNIVERSAL):
+    if directory.is_there() and directory.has(LATEST_UNIVERSAL):
         return _read_latest_universal(directory)
-    what, fix = "there is no file 'latest_universal' that names the checkpoint to load", "check the path"
-    if directory.has(LATEST):
-        tag = directory.read_latest()
-        if (directory / tag).has(MANIFEST):
-            return tag
-        what += f"; 'latest' names {tag!r}, which was not made by DeepSpeed's ds_to_universal"
-        fix = "set checkpoint.load_universal to false: it loads at any world size without being converted"
-    raise CheckpointError(what, where=str(directory), fix=fix)
+    try:
+        tag = read_latest(directory)
+    except CheckpointError as error:
+        if not directory.is_there() or directory.has(LATEST):
+            raise
+        what = "there is no file 'latest_universal' that names the checkpoint to load, and no 'latest'"
+        raise type(error)(what, where=error.where, fix=error.fix) from None
+    if not (directory / tag).has(MANIFEST):
+        log_dist(
+            f"checkpoint.load_universal: there is no file 'latest_universal', what 'latest' names is loaded: {tag!r}, "
+            "as DeepSpeed wrote it; it needs no conversion",
+            level=logging.WARNING,
+        )
+    return tag
 
 
 def _check_folder(directory: Folder) -> None:
@@ -188,4 +196,4 @@ def _named_latest(directory: Folder) -> str | None:
 
 
 def _read_latest_universal(directory: Folder) -> str:
-    return check_tag(directory.read(_LATEST_UNIVERSAL, _MAX_TAG_BYTES).decode(errors="replace").strip())
+    return check_tag(directory.read(LATEST_UNIVERSAL, _MAX_TAG_BYTES).decode(errors="replace").strip())

@@ -30,7 +30,7 @@ from ds_ckpt.storage.remote import RemoteFolder
 from ds_ckpt.tags import find_tags, folder_of
 from ds_ckpt.verify import find_damage
 from ds_core.checkpoint.plain import PlainCheckpoint
-from ds_core.errors import CheckpointError
+from ds_core.errors import CheckpointError, NoCheckpointError
 from ds_core.interfaces.logical import Chunk, LogicalTensor, Piece, Snapshot
 from ds_core.testing.checkpoint import check_content, snapshot
 from ds_core.testing.ranks import run_ranks
@@ -418,9 +418,15 @@ def test_nothing_there_is_said():
         code, _, error = command(*arguments)
         assert code == 1
         assert "no such folder" in error.what
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(NoCheckpointError, match="does not exist"):
+        ENGINE.read_latest(URL)
+    put("torn/notes.txt", b"x")
+    with pytest.raises(NoCheckpointError, match="no file 'latest'"):
         ENGINE.read_latest(URL)
     save(1)
+    with pytest.raises(CheckpointError, match="this is the checkpoint 'tag' itself") as caught:
+        ENGINE.read_latest(f"{URL}/tag")
+    assert caught.value.fix == f"load_checkpoint({URL!r}, tag='tag')"
     with pytest.raises(CheckpointError, match="no checkpoint 'nowhere'") as caught:
         ENGINE.open(URL, "nowhere")
     assert "complete checkpoints there: tag" in caught.value.fix

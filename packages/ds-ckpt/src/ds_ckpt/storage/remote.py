@@ -19,8 +19,8 @@ from urllib.parse import unquote
 
 from ds_ckpt.checks import check_name, damaged, short
 from ds_ckpt.storage import File, Folder
-from ds_core.checkpoint.folder import LATEST, MANIFEST, check_tag
-from ds_core.errors import CheckpointError
+from ds_core.checkpoint.folder import LATEST, MANIFEST, check_tag, is_a_tag
+from ds_core.errors import CheckpointError, NoCheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,13 +103,16 @@ class RemoteFolder(Folder):
     def read_latest(self) -> str:
         if not self.has(LATEST):
             if not self.is_there():
-                raise CheckpointError(
+                raise NoCheckpointError(
                     f"the checkpoint folder {self._url!r} does not exist",
                     where="load_checkpoint",
                     fix="check the URL; save_checkpoint creates it",
                 )
+            if self.has(MANIFEST):
+                parent, _, tag = self._url.rstrip("/").rpartition("/")
+                raise is_a_tag(self._url, parent, tag)
             found = self.complete_tags()
-            raise CheckpointError(
+            raise (CheckpointError if found else NoCheckpointError)(
                 "there is no file 'latest' that names the checkpoint to load",
                 where=self._url,
                 fix=f"pass tag=, one of {', '.join(found)}" if found else "check the URL: no checkpoint is in it",

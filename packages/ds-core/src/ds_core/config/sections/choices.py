@@ -128,8 +128,8 @@ class CheckpointSection(ChoiceSection):
     """What to do when ranks save under different tags; any case."""
     load_universal: bool = False
     """``load_checkpoint`` without a tag takes the one that ``latest_universal`` names, written by DeepSpeed's
-    ``ds_to_universal``; where there is no such file, the one in ``latest`` if it is a checkpoint of ours. Needs
-    ds-ckpt."""
+    ``ds_to_universal``; where there is no such file, the one in ``latest``, with a warning if DeepSpeed wrote
+    it. Needs ds-ckpt."""
     use_node_local_storage: Annotated[
         bool,
         NotBuilt(
