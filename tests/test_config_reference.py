@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from config_reference import COMMAND, main, pages, stale, write
 
+from ds_core import registry
 from ds_core.config.catalog import all_sections
 from ds_core.config.config import Config
 from ds_core.config.paths import sections_of
@@ -35,6 +36,17 @@ def test_every_key_is_on_the_page_of_its_section(fresh: dict[str, str]) -> None:
             assert f"`{key}`" in fresh[f"{name}.md"]
     plain = Config.model_fields.keys() - sections_of(Config).keys()
     assert [key for key in plain if f"| `{key}`" not in fresh["top-level.md"]] == []
+
+
+def test_options_of_this_repositorys_engines_are_on_the_page(fresh: dict[str, str]) -> None:
+    for name in ("checkpoint", "partition", "precision"):
+        for plugin in registry.installed(name):
+            taken = plugin.load().Config
+            if taken is not None and plugin.package in ("ds-core", "ds-ckpt", "ds-fp16"):
+                _, _, part = fresh[f"{name}.md"].partition(f"## `{name}.{plugin.name}`\n")
+                part = part.partition("\n## ")[0]
+                assert "The same keys as" in part or all(f"| `{key}`" in part for key in taken.model_fields), plugin
+    assert "| `keep_last` |" in fresh["checkpoint.md"]
 
 
 def test_every_page_is_in_the_index(fresh: dict[str, str]) -> None:

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ds_core import registry
 from ds_core._packages import PACKAGE_OF_PLUGIN
 from ds_core.config.catalog import all_sections
 from ds_core.config.config import BatchKeys, Config
@@ -22,6 +23,7 @@ from ds_core.config.paths import sections_of
 from ds_core.config.schema import default_of, names_of, plain
 from ds_core.config.section import Section, show
 from ds_core.config.sections.arguments import ARGUMENTS
+from ds_core.config.sections.choices import ChoiceSection
 from ds_core.config.value_schema import options
 from ds_core.errors import ConfigError, NotBuiltError
 from ds_core.optim.build import find_optimizer
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 
     from pydantic.fields import FieldInfo
 
-FOLDER = Path(__file__).parents[1] / "docs" / "config"
+ROOT = Path(__file__).parents[1]
+FOLDER, PACKAGES = ROOT / "docs" / "config", ROOT / "packages"
 COMMAND = "nox -s docs -- --write"
 HEAD = f"<!-- Written by `{COMMAND}` from the classes in ds_core.config: change those, not this page. -->\n"
 
@@ -62,7 +65,7 @@ def pages() -> dict[str, str]:
     for name, model in all_sections().items():
         text = f"# `{name}`\n\n{_head(model, name)}\n{_keys(model, name)}"
         text += _nested(model, name, section_state(model, name))
-        found[f"{name}.md"] = HEAD + text + _arguments(name) + _old_keys((name,))
+        found[f"{name}.md"] = HEAD + text + _options(name, model) + _arguments(name) + _old_keys((name,))
     return {name: text.rstrip("\n") + "\n" for name, text in found.items()}
 
 
@@ -186,6 +189,28 @@ def _nested(model: type[Section], path: str, state: str) -> str:
         rows = "".join(_row(inner, name, state) for name in inner.model_fields)
         meaning = "\n\n".join(map(plain, (inspect.getdoc(inner) or "").split("\n\n")))
         text += f"\n## `{heading}`\n\n{meaning}\n\n{TABLE}{rows}" + _nested(inner, heading, state)
+    return text
+
+
+def _options(name: str, model: type[Section]) -> str:
+    """Return the sub-sections of section ``name`` for the plugins of this repository that take options."""
+    text = ""
+    plugins = registry.installed(model.seam) if issubclass(model, ChoiceSection) else ()
+    found = {plugin: plugin.load().Config for plugin in plugins if (PACKAGES / plugin.package).is_dir()}
+    shown: dict[type[Section], str] = {}
+    # A class before those that are made of it, which may have nothing to add.
+    for plugin, taken in sorted(found.items(), key=lambda row: (row[0].package, len(getattr(row[1], "__mro__", ())))):
+        if taken is None:
+            continue
+        shown[taken] = f"{name}.{plugin.name}"
+        meaning = "\n\n".join(map(plain, (inspect.getdoc(taken) or "").split("\n\n")))
+        state = "effective" if plugin.package == registry.CORE else f"needs {plugin.package}"
+        text += f"\n## `{shown[taken]}`\n\n{meaning}\n\nState: {state}, where `{plugin.name}` is in force.\n\n"
+        base = next((known for known in taken.__mro__[1:] if known in shown), None)
+        if base is not None and base.model_fields.keys() == taken.model_fields.keys():
+            text += f"The same keys as `{shown[base]}`.\n"
+        else:
+            text += TABLE + "".join(_row(taken, field, state) for field in taken.model_fields)
     return text
 
 

@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 
 from ds_ckpt import formats
 from ds_ckpt.manifest import _head
+from ds_ckpt.tags import folder_of
 from ds_ckpt.verify import find_damage
 from ds_core.errors import CheckpointError
 
@@ -98,10 +99,15 @@ def watching(folder: Path) -> Iterator[None]:
 outcomes: Counter[str] = Counter()
 
 
-def check(folder: Path) -> None:
-    """Read the checkpoint as commands do: it is refused, or what is believed fits the files."""
+def check(folder: Path, *, named: bool = False) -> None:
+    """Read the checkpoint as commands do: it is refused, or what is believed fits the files.
+
+    ``named``: not the one in ``folder``, but the one that its ``latest`` names.
+    """
     try:
         with watching(folder):
+            if named:
+                folder = folder_of(folder, None).path
             stored = formats.read(folder)
             damages = list(find_damage(stored, lambda nbytes: None))
             json.dumps([dict(stored.state), [dict(state) for state in stored.rank_states]])
@@ -233,6 +239,47 @@ def manifests(base: Path) -> Callable[[st.DataObject], None]:
         body = mutate_text(data, json.dumps(changed))[1:] + b"\n"
         path.write_bytes(_head(body) + body)  # the checksum is right: what is behind it is reached
         check(folder)
+
+    return one
+
+
+LATEST = [
+    b"sharded",
+    b" plain\n",
+    b"",
+    b"../secret",
+    b"/etc/passwd",
+    b"link_out",
+    b"..",
+    b"a\0b",
+    b"\xff\xfe",
+    b"x" * 255,
+    b"x" * 4096,
+    b"sharded" + b" " * 10**6,
+]
+
+
+def latest(base: Path) -> Callable[[st.DataObject], None]:
+    (base / "link_out").symlink_to("/etc")
+
+    def one(data: st.DataObject) -> None:
+        # The converter's file is read where there is no other.
+        path = base / data.draw(st.sampled_from(["latest", "latest", "latest_universal"]))
+        kind = data.draw(st.sampled_from(["text", "text", "text", "bytes", "link", "pipe", "folder", "huge"]))
+        try:
+            if kind == "link":
+                path.symlink_to(data.draw(st.sampled_from(["/dev/zero", "secret", "nowhere", "latest", "sharded"])))
+            elif kind == "pipe":
+                os.mkfifo(path)
+            elif kind == "folder":
+                path.mkdir()
+            else:
+                path.write_bytes(data.draw(st.sampled_from(LATEST) if kind == "text" else st.binary(max_size=20)))
+            if kind == "huge":
+                os.truncate(path, 2**40)
+            check(base, named=True)
+        finally:
+            path.rmdir() if kind == "folder" else path.unlink(missing_ok=True)
 
     return one
 
@@ -502,6 +549,7 @@ def large(base: Path) -> Callable[[st.DataObject], None] | None:
 
 TARGETS = {
     "manifests": manifests,
+    "latest": latest,
     "plain_headers": plain_headers,
     "pickles": pickles,
     "archives": archives,

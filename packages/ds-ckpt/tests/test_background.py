@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,13 +14,15 @@ import pytest
 import torch
 
 import ds_core
+from ds_ckpt import keeping
 from ds_ckpt.background import AsyncCheckpoint
+from ds_ckpt.config import AsyncConfig
 from ds_ckpt.formats import read
 from ds_ckpt.sharded import ShardedCheckpoint
 from ds_core.checkpoint import flight
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import Chunk, LogicalTensor, Piece, Snapshot
-from ds_core.testing.checkpoint import check_content, snapshot
+from ds_core.testing.checkpoint import check_content, save_and_commit, snapshot
 from ds_core.testing.memory import LiveStorage
 from ds_core.testing.ranks import run_ranks
 
@@ -91,16 +94,22 @@ def test_a_save_returns_before_it_is_written_and_the_next_one_waits(tmp_path, ga
     check_content(engine, tmp_path, "second", 2)
 
 
-def test_the_manifest_is_that_of_sharded(tmp_path):
-    sync, background = ShardedCheckpoint(None, None), AsyncCheckpoint(None, None)
-    for rank, world_size in ((0, 1), (0, 2)):
-        given = snapshot(1, rank=rank, world_size=world_size) if world_size == 1 else snapshot(1)
-        sync.save(tmp_path, "sync", given, latest=False)
-        background.save(tmp_path, "async", given, latest=False)
-        background.commit()
-        of_sync, of_async = read(tmp_path / "sync"), read(tmp_path / "async")
-        assert list(of_sync.tensors) == list(of_async.tensors), "in the order of the model"
-        assert [tensor.of for tensor in of_sync.tensors.values()] == [t.of for t in of_async.tensors.values()]
+def test_manifests_are_read_once_over_many_saves(tmp_path, monkeypatch):
+    looked, look = [], keeping._read
+
+    def noted(folder):
+        looked.append(folder.name)
+        return look(folder)
+
+    monkeypatch.setattr(keeping, "_read", noted)
+    engine = AsyncCheckpoint(AsyncConfig(keep_last=3), None)
+    for version in range(1, 6):
+        engine.save(tmp_path, f"tag{version}", snapshot(version), latest=True)
+    engine.close()
+    engine.save(tmp_path, "tag6", snapshot(6), latest=True)
+    engine.commit()
+    assert looked == [f"tag{version}" for version in range(1, 7)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "tag4", "tag5", "tag6"]
 
 
 def test_extra_memory_is_one_copy_of_what_is_written_here(tmp_path):
@@ -301,6 +310,30 @@ def _lost(*, destroyed):
         assert "Connection closed by peer" in caught.value.what
 
 
+def _the_manifest_is_that_of_sharded(directory):
+    """Two ranks, each with pieces that the other one writes, and a state of its own."""
+    import torch.distributed as dist
+
+    ShardedCheckpoint(None, dist.group.WORLD).save(Path(directory), "sync", _given(1), latest=False)
+    engine = _engine()
+    engine.save(Path(directory), "async", _given(1), latest=False)
+    engine.close()
+    sync, background = read(Path(directory) / "sync"), read(Path(directory) / "async")
+    assert [tensor.of for tensor in sync.tensors.values()] == [tensor.of for tensor in background.tensors.values()]
+    assert list(sync.tensors) == list(background.tensors), "in the order of the model"
+    for key, tensor in sync.tensors.items():
+        other = background.tensors[key].chunks
+        # The names of files have the id of the save.
+        assert [replace(chunk, file="") for chunk in tensor.chunks] == [replace(chunk, file="") for chunk in other]
+        assert [chunk.file.partition("-")[0] for chunk in tensor.chunks] == [c.file.partition("-")[0] for c in other]
+    assert {chunk.file[:10] for tensor in sync.tensors.values() for chunk in tensor.chunks} == {
+        "rank_00000",
+        "rank_00001",
+    }
+    assert (sync.state, sync.rank_states) == (background.state, background.rank_states)
+    assert [state["rank"] for state in background.rank_states] == [0, 1]
+
+
 def _training_talks_while_it_saves(directory):
     """Collectives of both interleave differently on each rank."""
     import torch.distributed as dist
@@ -334,6 +367,7 @@ def test_on_two_ranks(tmp_path):
             partial(_the_group_goes_without_waiting, folder),
             partial(_lost, destroyed=True),
             partial(_lost, destroyed=False),
+            partial(_the_manifest_is_that_of_sharded, str(tmp_path / "alike")),
             partial(_training_talks_while_it_saves, folder),
         ],
         2,
@@ -342,6 +376,66 @@ def test_on_two_ranks(tmp_path):
     for tag, version in (("tag1", 1), ("tag2", 2), ("tag3", 3), ("after", 4), ("early", 1)):
         check_content(reading, tmp_path, tag, version)
     assert reading.read_latest(tmp_path) == "after"
+
+
+def _one_thread_cannot_start(directory):
+    """Then no rank's thread begins, and nobody waits for one; the next save is as ever."""
+    import torch.distributed as dist
+
+    def start_none(thread):
+        raise RuntimeError("can't start new thread")
+
+    engine = _engine()
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(flight.threading.Thread, "start", start_none)
+        with pytest.raises(CheckpointError, match="cannot be started: can't start new thread"):
+            engine.save(Path(directory), "none", _given(1), latest=True)
+    engine.commit()
+    assert not (Path(directory) / "none").exists()
+    engine.save(Path(directory), "tag", _given(2), latest=True)
+    engine.close()
+
+
+def _one_rank_loads_from_nowhere(directory):
+    """While a save is in flight: the ranks wait for it together, or not at all."""
+    import torch.distributed as dist
+
+    trained, *_ = ds_core.initialize(model=torch.nn.Linear(8, 4), config=CONFIG)
+    step(trained)
+    trained.save_checkpoint(directory, "tag")
+    with pytest.raises(CheckpointError, match="lost one of its slashes"):
+        trained.load_checkpoint(Path("s3://x/y") if dist.get_rank() else directory, "tag")
+    trained.load_checkpoint(directory, "tag")
+    trained.destroy()
+
+
+def _one_rank_is_without_the_store(directory):
+    """Such as a host where its package is missing; for both engines."""
+    import torch.distributed as dist
+
+    from ds_ckpt import sharded
+
+    def find(place):
+        if dist.get_rank() == 1:
+            raise CheckpointError("memory:// needs a package that is not installed")
+        return folder_at(place)
+
+    folder_at = sharded.folder_at
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded, "folder_at", find)
+        for engine in (_engine(), ShardedCheckpoint(None, dist.group.WORLD)):
+            with pytest.raises(CheckpointError, match="needs a package that is not installed"):
+                save_and_commit(engine, directory, "tag", _given(1))
+            engine.close()
+    engine = ShardedCheckpoint(None, dist.group.WORLD)
+    engine.save(directory, "tag", _given(1), latest=True)
+
+
+def test_what_one_rank_cannot_do_is_told_to_all(tmp_path):
+    cases = (_one_thread_cannot_start, _one_rank_loads_from_nowhere, _one_rank_is_without_the_store)
+    run_ranks([partial(case, str(tmp_path / case.__name__)) for case in cases], 2, timeout_s=20)
+    check_content(AsyncCheckpoint(None, None), tmp_path / "_one_thread_cannot_start", "tag", 2)
 
 
 def test_a_group_that_is_not_the_whole_job_is_refused(tmp_path):

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_ckpt import checks
 from ds_ckpt.checks import Field, check_chunks, parse_json
 from ds_ckpt.stored import StoredChunk, StoredTensor
+from ds_core.checkpoint import coverage
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import Box, Chunk, LogicalTensor
 
@@ -161,7 +161,7 @@ def test_chunks_and_files():
 
 
 def test_interleaving_costs_a_bounded_time(monkeypatch):
-    monkeypatch.setattr(checks, "MAX_COMPARISONS", 100)
+    monkeypatch.setattr(coverage, "MAX_COMPARISONS", 100)
     with pytest.raises(CheckpointError, match="interleaved"):
         check(stored((4, 30), columns(*range(31))))
     check(stored((30,), [Chunk(Box((0,), (30,)), at, 1) for at in range(30)]))

@@ -89,7 +89,98 @@ def test_ls(directory):
     [row] = [row.split() for row in rows if row.startswith("step12")]
     assert row == ["step12", "(latest)", "12", *size.split(), "1", "ds-sharded", "1"]
     assert "cannot be loaded" in text
-    assert printed("ls", directory / "torn") == [f"no checkpoint in {directory / 'torn'}"]
+    (directory / "logs").mkdir()
+    assert printed("ls", directory / "logs") == [f"no checkpoint in {directory / 'logs'}"]
+
+
+def test_ls_of_a_checkpoint_itself(directory):
+    _, row = printed("ls", directory / "step12")
+    assert row.split()[:2] == ["step12", "12"]
+    done = ds_ckpt("show", directory / "step12", "step12")
+    assert done.returncode == 1
+    assert "this folder is itself a checkpoint: pass no tag" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("latest", "line"),
+    [
+        ("", "latest: the file 'latest' holds b'', which is no tag"),
+        ("../x", "latest: the file 'latest' holds b'../x', which is no tag"),
+        ("gone", "latest: it names 'gone', and there is no such checkpoint"),
+        (None, "latest: it is a folder, where a file that names a tag should be"),
+    ],
+)
+def test_ls_says_what_is_wrong_with_latest(directory, latest, line):
+    (directory / "latest").unlink()
+    if latest is None:
+        (directory / "latest").mkdir()
+    else:
+        (directory / "latest").write_text(latest)
+    *rows, last = printed("ls", directory)
+    assert last == line
+    assert {row.split()[0] for row in rows[1:]} == {"plain", "step12"}
+
+
+def test_ls_names_the_file_that_is_wrong(directory):
+    [name, _] = read(directory / "step12").files
+    (directory / "step12" / name).unlink()
+    [row] = [row for row in lines_of("ls", directory) if row.startswith("step12")]
+    assert row.endswith(f"cannot be loaded: {name}: a file of the checkpoint is missing")
+
+
+def lines_of(*arguments: object) -> list[str]:
+    """Return what is printed where nothing says how wide a terminal is."""
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    command = [sys.executable, "-c", CODE, *map(str, arguments)]
+    return subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, text=True, timeout=60, check=True
+    ).stdout.splitlines()
+
+
+def test_a_pipe_has_no_width(tmp_path):
+    name = "model." + "a_long_name_of_a_module." * 8
+    of = LogicalTensor(f"{name}weight", "weight", (8,), "float32")
+    piece = Piece(of, Chunk.whole((8,)), torch.zeros(8))
+    ShardedCheckpoint(None, None).save(tmp_path, "t" * 150, Snapshot([piece], {}, {}), latest=True)
+    assert lines_of("ls", tmp_path)[1].startswith("t" * 150 + " (latest)")
+    assert any(line.startswith(name.rstrip(".")) for line in lines_of("show", tmp_path, "--depth", "20"))
+
+
+@pytest.mark.parametrize("width", [10, 20, 35])
+def test_a_narrow_terminal_folds_names_and_cuts_none(directory, width):
+    os.rename(directory / "plain", directory / "a_tag_with_a_name")  # noqa: PTH104
+    done = ds_ckpt("ls", directory, width=width)
+    assert "".join(line[:12].rstrip() for line in done.stdout.splitlines()[1:]).count("a_tag_with_a_name") == 1
+    assert "…" not in done.stdout
+    assert done.stdout.split()[:5] == ["tag", "step", "size", "ranks", "format"]
+
+
+def test_letters_that_the_output_has_not(directory):
+    os.rename(directory / "plain", directory / "größe")  # noqa: PTH104
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", CODE, "ls", str(directory)]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"gr\xf6\xdfe" in done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")  # noqa: PTH110
+@pytest.mark.parametrize(("command", "code"), [("ls", 1), ("show", 1), ("verify", 1), ("diff", 2)])
+def test_output_that_cannot_be_written(directory, command, code):
+    arguments = [str(directory)] * (2 if command == "diff" else 1)
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run(
+            [sys.executable, "-c", CODE, command, *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == code
+    assert done.stderr.startswith("the result cannot be printed: No space left on device\n  where: stdout\n")
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
 
 
 @pytest.mark.parametrize("tag", ["step12", "plain"])
@@ -100,8 +191,8 @@ def test_show(directory, tag):
     for expected in (str(directory / tag), "step 12, samples 96, precision Bf16, stage 0", "by 1 rank"):
         assert expected in text
     rows = {line.split()[0]: line.split()[1:] for line in lines if line.startswith(("model.", "(root)", "all"))}
-    assert rows["model.layers.1.mlp"] == ["32.0K", "62.5K", "125.0K", "125.0K", "312.5K"]
-    assert rows["(root)"] == ["8", "32", "32"]
+    assert rows["model.layers.1.mlp"] == ["32.0K", "62.5KiB", "125.0KiB", "125.0KiB", "312.5KiB"]
+    assert rows["(root)"] == ["8", "32B", "32B"]
     assert rows["all"][0] == "105.2K"
 
 
@@ -121,8 +212,8 @@ def test_show_of_many_modules_is_folded_by_itself(tmp_path):
 
 def test_verify(directory):
     done = ds_ckpt("verify", directory)
-    assert (done.returncode, done.stderr.strip()) == (0, "")
-    assert done.stdout.startswith("2 files, ")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{directory / 'step12'}: 2 files, ")
     assert done.stdout.endswith("all is as it was written\n")
     assert "ds-plain has no checksums" in "".join(printed("verify", directory, "plain"))
 
@@ -178,7 +269,7 @@ def test_sizes_in_words(nbytes, words):
 
 def test_diff_of_equal_ones(directory):
     done = ds_ckpt("diff", f"{directory}:step12", directory, "--tag-b", "plain", "--no-state")
-    assert (done.returncode, done.stderr.strip()) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0] == f"A  ds-sharded 1, step 12, 1 rank: {directory / 'step12'}"
     assert lines[1].startswith("B  ds-plain 1")
@@ -195,8 +286,8 @@ def test_diff_of_different_ones(directory):
     state = {"global_steps": 13, "global_samples": 96, "precision": "Bf16", "stage": 0}
     ShardedCheckpoint(None, None).save(directory, "step13", Snapshot(changed[:-1], state, {}), latest=False)
     done = ds_ckpt("diff", directory, f"{directory}:step13")
-    assert (done.returncode, done.stderr.strip()) == (1, "")
-    assert all(len(line) <= 80 for line in done.stdout.splitlines()[2:])
+    assert (done.returncode, done.stderr) == (1, "")
+    assert all(len(line) <= 80 for line in done.stdout.splitlines()[2:-1])
     text = " ".join(done.stdout.split())
     for expected in ("1 of 3.1K 0.5 0.33", "freqs buffer only in A", "global_steps 12 13"):
         assert expected in text
@@ -216,3 +307,13 @@ def test_diff_of_what_cannot_be_compared(directory):
     assert (done.returncode, done.stdout) == (2, "")
     assert "buffer 'freqs' is damaged" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_tag_may_have_colons(directory):
+    os.rename(directory / "plain", directory / "epoch:1:b")  # noqa: PTH104
+    done = ds_ckpt("diff", f"{directory}:step12", f"{directory}:epoch:1:b")
+    assert done.returncode == 0, done.stderr
+    assert f"B  ds-plain 1, step 12, 1 rank: {directory / 'epoch:1:b'}\n" in done.stdout
+    done = ds_ckpt("diff", f"{directory}:step12", f"{directory}:epoch:2")
+    assert done.returncode == 2
+    assert "there is no checkpoint 'epoch:2'" in done.stderr

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from ds_ckpt import formats
 from ds_ckpt.formats.deepspeed import is_deepspeed, read_deepspeed
 from ds_ckpt.loading import StoredReader
+from ds_ckpt.sharded import ShardedCheckpoint
 from ds_core.checkpoint.jsonable import decode
 from ds_core.errors import CheckpointError
-from ds_core.interfaces.logical import Chunk, Piece
+from ds_core.interfaces.logical import Chunk, Piece, Snapshot
 
 if TYPE_CHECKING:
     from ds_ckpt.stored import Stored
@@ -143,3 +144,12 @@ def test_folders_are_told_apart(tmp_path: Path) -> None:
     assert all(is_deepspeed(case / TAG) for case in CASES)
     (tmp_path / "rank_00000-0123456789ab.safetensors").touch()
     assert not is_deepspeed(tmp_path)
+
+
+def test_saving_over_one_leaves_its_files_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(CASES[0], tmp_path / "run")
+    before = {path.name for path in (tmp_path / "run" / TAG).iterdir()}
+    ShardedCheckpoint(None, None).save(tmp_path / "run", TAG, Snapshot([], {}, {}), latest=True)
+    assert before < {path.name for path in (tmp_path / "run" / TAG).iterdir()}
+    (record,) = caplog.records
+    assert "files that DeepSpeed wrote are left beside the new checkpoint" in record.getMessage()

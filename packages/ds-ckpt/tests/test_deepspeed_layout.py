@@ -17,7 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_ckpt.formats.deepspeed import is_deepspeed, layout, read_deepspeed, torchfile, universal
+import ds_ckpt
+from ds_ckpt.formats.deepspeed import is_deepspeed, jsonable, layout, read_deepspeed, torchfile, universal
 from ds_ckpt.formats.deepspeed.stage0 import assign
 from ds_ckpt.formats.deepspeed.torchfile import TorchFile
 from ds_ckpt.formats.deepspeed.values import Global, Record
@@ -369,11 +370,33 @@ def test_a_class_of_the_caller_is_refused_by_name(tmp_path: Path) -> None:
         read_deepspeed(tmp_path / "t")
 
 
-def test_a_value_that_json_cannot_hold_is_refused_by_its_key(tmp_path: Path) -> None:
-    w.write_partitions(tmp_path / "t", example(), 2, mine={"a": [torch.float16]})
-    with pytest.raises(CheckpointError, match=r"type torch\.float16") as caught:
-        read_deepspeed(tmp_path / "t")
-    assert "client_state.mine.a[0]" in str(caught.value)
+def test_a_value_that_json_cannot_hold_is_missed_when_it_is_asked_for(tmp_path: Path) -> None:
+    model = example()
+    large = torch.zeros(2**18 + 1)
+    module = OrderedDict([*model.module().items(), ("l1._extra_state", large), ("_extra_state", (1,))])
+    w.write_partitions(tmp_path / "t", model, 2, mine={"a": [torch.float16]}, large=large, module=module)
+    state = check(tmp_path / "t", model, weights=True).state
+    assert decode(state["extra_state"]) == {"": (1,)}
+    assert state["extra_state_missing"].keys() == {"l1"}
+    with ds_ckpt.open(tmp_path / "t") as reader:
+        found = reader.client_state
+    assert found == {"ds_version": "0.19.6", "epoch": 3}
+    reasons = {"mine": r"type torch\.float16 .*client_state\.mine\.a\[0\]", "large": "tensor of 1048580 bytes"}
+    for key, why in reasons.items():
+        assert key in found
+        with pytest.raises(CheckpointError, match=why) as caught:
+            found[key]
+        assert caught.value.where == f"client_state[{key!r}]"
+
+
+def test_a_value_that_takes_all_there_is_room_for_takes_it_from_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jsonable, "_MAX_VALUES", 1000)
+    w.write_partitions(tmp_path / "t", example(), 2, a=list(range(2000)))
+    state = check(tmp_path / "t", example(), weights=True).state
+    assert "a" in state["client_state_missing"]
+    assert state["schedule"] == {"last_batch_iteration": 6}
 
 
 def test_extra_state_of_modules_is_kept_apart(tmp_path: Path) -> None:

@@ -375,6 +375,30 @@ def test_limits_hold() -> None:
     assert "tensors" in refused(tensor(0, sizes(1), sizes(1)) * 60, SMALL)
 
 
+@pytest.mark.parametrize(
+    "one",
+    [b"\x8f", b"}", b"]", b"(l", b"(d", b"(\x91", b"h\x00)R", b"h\x01)\x81"],
+    ids=["set", "dict", "list", "list of", "dict of", "frozenset", "OrderedDict", "record"],
+)
+def test_an_opcode_of_a_byte_makes_no_gigabytes(one: bytes) -> None:
+    made = (name("collections", "OrderedDict") + b"q\x00") + (name("argparse", "Namespace") + b"q\x01")
+    few = Limits(containers=100)
+    assert len(load(made + b"(" + one * 100 + b"t\x87" + STOP, few)[2]) == 100
+    assert "it has more than 100 containers" in refused(made + b"(" + one * 101 + b"t" + STOP, few)
+
+
+@pytest.mark.parametrize("one", [b"N\x85", b")\x85", b"NN\x86", b"NNN\x87", b"(t", b"(Nt"])
+def test_tuples_are_counted(one: bytes) -> None:
+    assert "it has more than 100 tuples" in refused(b"(" + one * 101 + b"l.", Limits(tuples=100))
+
+
+@pytest.mark.parametrize("one", [b"\x94", b"q%c", b"r%c\0\0\0"])
+def test_what_is_remembered_is_counted(one: bytes) -> None:
+    data = b"N" + b"".join(one % index if b"%" in one else one for index in range(101)) + b"."
+    assert "it remembers more than 100 values" in refused(data, Limits(memo=100))
+    load(data, Limits(memo=101))
+
+
 def test_deep_nesting_ends_no_process() -> None:
     deep = 200_000
     found = load(b")" + b"\x85" * deep + STOP)

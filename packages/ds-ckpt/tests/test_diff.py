@@ -145,6 +145,34 @@ def test_a_master_is_compared_with_a_weight_where_each_is_alone(tmp_path: Path) 
     assert compare(b, a).tensors[0].of.kind == "master"
 
 
+def test_a_weight_that_one_has_not_is_what_its_master_is_cast_to(tmp_path: Path) -> None:
+    w = torch.tensor([1.001, 2.003, 3.007])
+    a = save(tmp_path / "a", {("w", "weight"): w.bfloat16(), ("w", "master"): w})
+    b = save(tmp_path / "b", {("w", "master"): w})
+    for found in (compare(a, b), compare(b, a)):
+        assert (found.is_empty, found.compared) == (True, 2)
+    c = save(tmp_path / "c", {("w", "master"): w + torch.tensor([0, 0.5, 0])})
+    for found in (compare(a, c), compare(c, a)):
+        assert sorted((t.of.name, t.count) for t in found.tensors) == [("w", 1), ("w", 1)]
+
+
+def test_stage_3_of_deepspeed_has_the_weights_of_another_stage() -> None:
+    one, three = (formats.read(FIXTURES / f"plain-stage{stage}-world2-bf16" / "global_step4") for stage in (1, 3))
+    assert ("l1.weight", "weight", None) in one.tensors
+    assert ("l1.weight", "weight", None) not in three.tensors
+    for found in (compare(one, three), compare(three, one)):
+        assert [tensor for tensor in found.tensors if tensor.a is None or tensor.b is None] == []
+
+
+def test_an_empty_mapping_is_no_key_where_the_other_has_something_in_it(tmp_path: Path) -> None:
+    a = save(tmp_path / "a", {}, state={"client_state": {}, "steps": [], "same": {}, "gone": {}})
+    b = save(tmp_path / "b", {}, state={"client_state": {"epoch": 3}, "steps": [7], "same": {}})
+    found = [(key.path, key.a, key.b) for key in compare(a, b).state]
+    assert sorted(found) == [("client_state.epoch", None, "3"), ("gone", "{}", None), ("steps[0]", None, "7")]
+    empty = save(tmp_path / "c", {})
+    assert [key.path for key in compare(empty, b).state] == ["client_state.epoch", "steps[0]", "same"]
+
+
 def test_boxes_against_intervals(tmp_path: Path) -> None:
     of, data = LogicalTensor("w", "weight", (7, 5), "float32"), torch.arange(35.0).reshape(7, 5)
     changed = data.clone()

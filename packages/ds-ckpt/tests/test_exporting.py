@@ -278,6 +278,13 @@ def test_values_that_become_infinite_are_told(tmp_path, caplog):
     assert "'large', have values that float16 cannot hold: they are infinite now" in caplog.text
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bf16", "BFloat16"])
+def test_words_of_dtypes(dtype, tmp_path):
+    folder = save(tmp_path / "in", [piece("w", WEIGHT, tensor(3))])
+    done = ds_ckpt.export(folder, tmp_path / "out", dtype=dtype, max_shard_size="none")
+    assert load_file(tmp_path / "out" / done.files[0])["w"].dtype == torch.bfloat16
+
+
 def test_progress_counts_every_byte(tmp_path):
     folder = save(tmp_path / "in", [piece(f"w{n}", WEIGHT, tensor(100, 7)) for n in range(3)])
     for safe in (True, False):
@@ -356,7 +363,11 @@ def test_wrong_arguments_are_told_before_anything_is_written(tmp_path):
     for options, named in (({"dtype": "int8"}, "exported as 'int8'"), ({"max_shard_size": "5 XB"}, "size of a shard")):
         with pytest.raises(CheckpointError, match=named):
             ds_ckpt.export(folder, tmp_path / "out", **options)
+    for place in ("gs://bucket/out", Path("gs://bucket/out"), ""):
+        with pytest.raises(CheckpointError, match=r"no URL such as gs://|lost one of its slashes|no path was given"):
+            ds_ckpt.export(folder, place)
     assert not (tmp_path / "out").exists()
+    assert not Path("gs:").exists()
     shutil.rmtree(folder / "tag")
     with pytest.raises(CheckpointError):
         ds_ckpt.export(folder, tmp_path / "out")

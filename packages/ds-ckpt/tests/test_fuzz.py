@@ -48,7 +48,8 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.mark.timeout(60 + 60 * FACTOR)
 @pytest.mark.parametrize(
-    ("target", "reasons"), [("manifests", 15), ("plain_headers", 15), ("pickles", 15), ("archives", 8), ("large", 4)]
+    ("target", "reasons"),
+    [("manifests", 15), ("latest", 6), ("plain_headers", 15), ("pickles", 15), ("archives", 8), ("large", 4)],
 )
 def test_what_is_hostile_is_refused_and_nothing_else_happens(target, reasons, base):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

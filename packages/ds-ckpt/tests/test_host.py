@@ -114,10 +114,15 @@ def test_pinned_memory_is_exactly_as_large_and_is_let_go(driver):
 
 def test_memory_that_cannot_be_pinned_is_used_as_it_is(driver, monkeypatch, caplog):
     log.reset()  # an engine of another test may have given the logger a handler of its own
-    monkeypatch.setattr(torch.cuda.cudart(), "cudaHostRegister", lambda *args: 2)
-    buffer = HostMemory()._of(1000, pinned=True)
+    asked = []
+    monkeypatch.setattr(torch.cuda.cudart(), "cudaHostRegister", lambda *args: asked.append(args) or 2)
+    memory = HostMemory()
+    buffer = memory._of(1000, pinned=True)
     assert buffer.nbytes == 1000
-    assert "is not pinned, copies are slower: CUDA error 2" in caplog.text
+    assert memory._of(900, pinned=True) is buffer
+    assert memory._of(2000, pinned=True).nbytes == 2000
+    assert len(asked) == 1
+    assert caplog.text.count("is not pinned, copies are slower: CUDA error 2") == 1
 
 
 @pytest.mark.gpu

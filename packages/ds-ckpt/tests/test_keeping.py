@@ -6,15 +6,15 @@ import errno
 import logging
 import os
 import shutil
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given as examples
 from hypothesis import strategies as st
 
 import ds_core
-from ds_ckpt import keeping
 from ds_ckpt.config import ShardedConfig
 from ds_ckpt.keeping import Complete, to_remove
 from ds_ckpt.sharded import ShardedCheckpoint
@@ -30,10 +30,13 @@ if TYPE_CHECKING:
 OF = LogicalTensor("w", "weight", (4,), "float32")
 
 
+def given(step: int) -> Snapshot:
+    return Snapshot([Piece(OF, Chunk.whole((4,)), torch.full((4,), float(step)))], {"global_steps": step}, {})
+
+
 def save(directory: Path | str, step: int, *, tag: str | None = None, latest: bool = True, **options: int) -> None:
-    given_ = Snapshot([Piece(OF, Chunk.whole((4,)), torch.full((4,), float(step)))], {"global_steps": step}, {})
     engine = ShardedCheckpoint(ShardedConfig(**options), None)
-    engine.save(directory, tag or f"step{step}", given_, latest=latest)
+    engine.save(directory, tag or f"step{step}", given(step), latest=latest)
 
 
 def tags(directory: Path) -> list[str]:
@@ -48,7 +51,7 @@ FOUND = st.lists(st.none() | st.integers(0, 40), max_size=12).map(
 COUNTS = st.none() | st.integers(1, 15)
 
 
-@given(FOUND, COUNTS, COUNTS, st.data())
+@examples(FOUND, COUNTS, COUNTS, st.data())
 def test_what_is_kept(found, keep_last, keep_every, data):
     names = [each.tag for each in found]
     protected = set(data.draw(st.lists(st.sampled_from([*names, "elsewhere"]), max_size=3)))
@@ -124,6 +127,76 @@ def test_what_is_not_ours_stays(tmp_path, caplog):
     assert tags(tmp_path) == ["deepspeed", "mine", "step1", "step2", "step4", "theirs"]
     assert "step1 is never removed, it holds config.json" in caplog.text
     assert "step2 is never removed, its manifest cannot be read" in caplog.text
+
+
+def test_a_file_put_there_later_keeps_it_too(tmp_path, caplog):
+    engine = ShardedCheckpoint(ShardedConfig(keep_last=2), None)
+    for step in (1, 2, 3):
+        engine.save(tmp_path, f"step{step}", given(step), latest=True)
+    (tmp_path / "step2" / "KEEP.txt").write_text("mine")
+    for step in (4, 5):
+        engine.save(tmp_path, f"step{step}", given(step), latest=True)
+    assert tags(tmp_path) == ["step2", "step4", "step5"]
+    assert {tag.name: tag.problem for tag in find_tags(tmp_path)} == dict.fromkeys(["step2", "step4", "step5"])
+    assert caplog.text.count("step2 is never removed, it holds KEEP.txt") == 1
+
+
+# -- links ------------------------------------------------------------------------------------------------------------
+
+
+def names(directory: Path) -> dict[str, str | None]:
+    return {tag.name: tag.problem for tag in find_tags(directory)}
+
+
+def test_a_link_to_what_was_just_written_removes_nothing(tmp_path):
+    save(tmp_path, 1, tag="ckpt", keep_last=1)
+    (tmp_path / "last").symlink_to("ckpt")
+    for tag in ("ckpt", "last"):
+        save(tmp_path, 2, tag=tag, keep_last=1)
+        assert names(tmp_path) == {"ckpt": None, "last": None}
+
+
+def test_a_link_is_not_counted_and_not_removed(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "last").symlink_to("step2")
+    save(tmp_path, 3, keep_last=2)
+    assert names(tmp_path) == {"step2": None, "last": None, "step3": None}
+    save(tmp_path, 4, keep_last=1)
+    assert tags(tmp_path) == ["step4"]
+    assert (tmp_path / "last").is_symlink()
+
+
+def test_what_latest_names_through_a_link_is_kept(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "best").symlink_to("step1")
+    (tmp_path / "latest").write_text("best")
+    for step in (2, 3):
+        save(tmp_path, step, latest=False, keep_last=1)
+    assert names(tmp_path) == {"step1": None, "best": None, "step3": None}
+
+
+def test_what_is_elsewhere_is_neither_removed_nor_swept(tmp_path):
+    elsewhere, directory = tmp_path / "elsewhere", tmp_path / "run"
+    save(elsewhere, 1)
+    leave_half(elsewhere, "torn")
+    age(elsewhere / "torn", 2)
+    directory.mkdir()
+    for name in ("step1", "torn"):
+        (directory / f"of_{name}").symlink_to(elsewhere / name)
+    for step in (2, 3):
+        save(directory, step, keep_last=1)
+    assert tags(directory) == ["of_step1", "of_torn", "step3"]
+    assert tags(elsewhere) == ["step1", "torn"]
+    assert all((elsewhere / name).stat().st_nlink and any((elsewhere / name).iterdir()) for name in ("step1", "torn"))
+
+
+def test_a_folder_with_a_link_for_its_manifest_is_not_swept(tmp_path):
+    leave_half(tmp_path, "torn")
+    age(tmp_path / "torn", 2)
+    (tmp_path / "torn" / "checkpoint.json").symlink_to("checkpoint.json.tmp")
+    save(tmp_path, 1)
+    assert "torn" in tags(tmp_path)
 
 
 def leave_half(directory: Path, tag: str) -> None:
@@ -205,9 +278,12 @@ def test_a_store_is_kept_in_order_too(monkeypatch):
         fs.rm("/keeping/step3/checkpoint.json")  # as a removal that was killed
         save(url, 5)
         assert {tag.name for tag in find_tags(url) if tag.problem} == {"step3"}
-        monkeypatch.setattr(keeping, "LEFTOVER_AGE_S", -3600)
+        monkeypatch.setattr(time, "time_ns", lambda now=time.time_ns: now() + 23 * 3600 * 10**9)
         save(url, 6)
-        assert [tag.name for tag in find_tags(url)] == ["step4", "step5", "step6"]
+        assert "step3" in {tag.name for tag in find_tags(url)}, "clocks of stores may be others"
+        monkeypatch.setattr(time, "time_ns", lambda now=time.time_ns: now() + 2 * 3600 * 10**9)
+        save(url, 7)
+        assert [tag.name for tag in find_tags(url)] == ["step4", "step5", "step6", "step7"]
     finally:
         fs.rm("/keeping", recursive=True)
 

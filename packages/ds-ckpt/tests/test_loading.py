@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -252,6 +254,55 @@ def test_two_tensors_of_the_same_bytes(tmp_path):
         reader.read([Piece(OF, Chunk.whole(SHAPE), targets[0]), Piece(other, Chunk.whole((120,)), targets[1])])
     assert torch.equal(targets[0], VALUES.double())
     assert torch.equal(targets[1], VALUES.view(-1).view(torch.int32).long())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["straight", "copied"])
+def test_few_of_many_files_are_open(tmp_path, dtype, monkeypatch):
+    gc.collect()
+    engine = ShardedCheckpoint(ShardedConfig(writers=40, chunk_bytes=12), None)
+    engine.save(tmp_path, "tag", Snapshot([Piece(OF, Chunk.whole(SHAPE), VALUES)], {}, {}), latest=False)
+    stored = read(tmp_path / "tag")
+    assert len(stored.files) == 40
+    monkeypatch.setattr(ranges, "MAX_OPEN_FILES", 3)
+    before, most, counted = len(list(Path("/proc/self/fd").iterdir())), 0, Counted(monkeypatch)
+    target, open_checked = torch.zeros(SHAPE, dtype=dtype), ranges._open_checked
+
+    def opened(*args, **options):
+        nonlocal most
+        found = open_checked(*args, **options)
+        most = max(most, len(list(Path("/proc/self/fd").iterdir())) - before)
+        return found
+
+    monkeypatch.setattr(ranges, "_open_checked", opened)
+    with StoredReader(stored) as reader:
+        for _ in range(2):
+            reader.read([Piece(OF, Chunk.whole(SHAPE), target)])
+            assert torch.equal(target, VALUES.to(dtype))
+    assert 3 <= most <= 6  # a mapped one takes two
+    # What is copied is checked once, by whichever file.
+    assert counted.checked == headers(tmp_path / "tag") + 480 * (1 if dtype is torch.float64 else 2)
+
+
+@pytest.mark.parametrize("free", [0, 1])
+def test_no_more_files_can_be_opened(tmp_path, free):
+    folder = save(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    stored = read(folder)
+    held = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 8, limits[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.dup(0))
+        for _ in range(free):
+            os.close(held.pop())
+        with StoredReader(stored) as reader, pytest.raises(CheckpointError, match="Too many open files") as caught:
+            reader.read([Piece(OF, Chunk.whole(SHAPE), torch.zeros(SHAPE, dtype=torch.float64))])
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert Path(caught.value.where).parent == folder
 
 
 def test_files_are_closed(tmp_path):

@@ -8,6 +8,7 @@ import ds_ckpt
 
 PUBLIC = [
     "Checkpoint",
+    "CheckpointError",
     "convert_zero_checkpoint_to_fp32_state_dict",
     "export",
     "get_fp32_state_dict_from_zero_checkpoint",

@@ -248,3 +248,92 @@ def test_tags_are_listed_with_what_is_wrong(tmp_path):
     ]
     assert "damaged" in tags[2].problem
     assert "not complete" in tags[3].problem
+
+
+def test_a_folder_that_cannot_be_read_hides_no_other(tmp_path, monkeypatch):
+    import os
+
+    save(tmp_path, "good")
+    save(tmp_path, "locked", latest=False)
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path) == str(tmp_path / "locked"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = {tag.name: tag for tag in find_tags(tmp_path)}
+    assert found["good"].stored is not None
+    assert found["locked"].problem == "it cannot be told what is there: Permission denied"
+
+
+def deepspeed(folder):
+    folder.mkdir(parents=True)
+    (folder / "mp_rank_00_model_states.pt").write_bytes(b"")
+
+
+def test_tags_of_deepspeed_are_offered_as_ours_are(tmp_path):
+    deepspeed(tmp_path / "theirs")
+    (tmp_path / "latest").write_text("theirs")
+    with pytest.raises(CheckpointError, match="there is no checkpoint 'zz'") as caught:
+        ds_ckpt.open(tmp_path, "zz")
+    assert caught.value.fix == "complete checkpoints there: theirs"
+    engine = ShardedCheckpoint(None, None)
+    with pytest.raises(CheckpointError, match="there is no checkpoint 'zz'") as caught:
+        engine.open(tmp_path, "zz")
+    assert caught.value.fix == "complete checkpoints there: theirs"
+    (tmp_path / "latest").unlink()
+    with pytest.raises(CheckpointError, match="no file 'latest'") as caught:
+        engine.read_latest(tmp_path)
+    assert caught.value.fix == "pass tag=, one of theirs"
+
+
+def test_errors_of_deepspeed_s_files_say_which_checkpoint(tmp_path):
+    deepspeed(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "mp_rank_00_model_states.pt"
+    for data, where in ((b"", str(path)), (b"\x80\x02}q\x00X", f"{path}, byte ")):
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError) as caught:
+            ds_ckpt.open(tmp_path, "theirs")
+        assert caught.value.where.startswith(where)
+    [tag] = find_tags(tmp_path)
+    assert tag.problem.startswith("mp_rank_00_model_states.pt, byte ")
+
+
+def test_where_a_save_was_killed_it_is_said(tmp_path):
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "rank_00000_0-0123456789ab.safetensors").write_text("x")
+    fix = "the save of 'torn' did not end: save again, or remove that folder"
+    for find in (lambda: ds_ckpt.open(tmp_path), lambda: ShardedCheckpoint(None, None).read_latest(tmp_path)):
+        with pytest.raises(CheckpointError, match="no file 'latest'") as caught:
+            find()
+        assert caught.value.fix == fix
+    with pytest.raises(CheckpointError, match=r"is not complete: .* the save of it did not end") as caught:
+        ds_ckpt.open(tmp_path, "torn")
+    assert caught.value.fix == fix
+    save(tmp_path, "whole", latest=False)
+    with pytest.raises(CheckpointError) as caught:
+        ds_ckpt.open(tmp_path)
+    assert caught.value.fix == "pass tag=, one of whole"
+
+
+def test_other_json_is_no_manifest(tmp_path):
+    (tmp_path / "checkpoint.json").write_text('{"a": 1}')
+    with pytest.raises(CheckpointError, match=r"a checkpoint\.json that is not a checkpoint's"):
+        ds_ckpt.open(tmp_path)
+
+
+def test_every_name_of_a_tied_weight_is_known(tmp_path):
+    snapshot = Snapshot(TENSORS, {"shared": {"head.weight": "b.weight"}}, {})
+    ShardedCheckpoint(None, None).save(tmp_path, "tag", snapshot, latest=True)
+    with ds_ckpt.open(tmp_path) as checkpoint:
+        assert "head.weight" not in checkpoint.names()
+        assert checkpoint.kinds("head.weight") == checkpoint.kinds("b.weight")
+        assert torch.equal(checkpoint.tensor("head.weight"), checkpoint.tensor("b.weight"))
+        assert torch.equal(checkpoint.tensor("head.weight", "exp_avg"), torch.full((2, 3), 3.0))
+
+
+def test_what_it_is_fits_into_a_line(opened):
+    assert len(repr(opened.stored)) < 80 + len(str(opened.path))
+    assert "9 tensors" in repr(opened.stored)

@@ -10,7 +10,7 @@ from ds_ckpt.config import ShardedConfig
 from ds_ckpt.formats import read
 from ds_ckpt.sharded import ShardedCheckpoint
 from ds_core.checkpoint.plain import PlainCheckpoint
-from ds_core.errors import DsError
+from ds_core.errors import CheckpointError, DsError
 from ds_core.interfaces.logical import Chunk, LogicalTensor, Piece, Snapshot
 from ds_core.testing.checkpoint import check_content, snapshot
 from ds_core.testing.memory import LiveStorage
@@ -67,6 +67,19 @@ def test_memory_for_saving_and_loading_is_at_most_a_chunk(tmp_path, data, most):
     assert live.peak_bytes <= most
 
 
+@pytest.mark.parametrize("section", ["sharded", "async"])
+def test_a_manifest_that_is_too_large_says_what_makes_it_so(tmp_path, monkeypatch, section):
+    monkeypatch.setattr("ds_ckpt.sharded.MAX_JSON_BYTES", 3000)
+    engine = ShardedCheckpoint(ShardedConfig(chunk_bytes=64), None, section=section)
+    with pytest.raises(DsError, match="the manifest would have") as caught:
+        engine.save(tmp_path, "tag", Snapshot([large(torch.zeros(64, 16))], {}, {}), latest=True)
+    assert f"checkpoint.{section}.chunk_bytes" in caught.value.fix
+    with pytest.raises(DsError, match="the manifest would have") as caught:
+        engine.save(tmp_path, "tag", Snapshot([], {"client_state": "x" * 4000}, {}), latest=True)
+    assert "client_state" in caught.value.fix
+    assert "chunk_bytes" not in caught.value.fix
+
+
 def test_options_are_checked_with_the_configuration():
     for options, expected in (({"writers": 0}, "writers"), ({"shards": 2}, "shards")):
         config = {"train_batch_size": 1, "checkpoint": {"engine": "sharded", "sharded": options}}
@@ -81,3 +94,16 @@ def test_what_a_configuration_says_arrives(tmp_path):
     stored = read(tmp_path / "tag")
     assert len(stored.files) == 3
     assert max(chunk.nbytes for tensor in stored.tensors.values() for chunk in tensor.chunks) <= 64
+
+
+@pytest.mark.parametrize("what", ["name", "kind"])
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, what):
+    engine = ShardedCheckpoint(None, None)
+    engine.save(tmp_path, "tag", snapshot(1), latest=True)
+    before = names(tmp_path / "tag")
+    words = {"name": "w", "kind": "weight", what: "x" * 5000}
+    of = LogicalTensor(shape=(2,), dtype="float32", **words)
+    with pytest.raises(CheckpointError, match=rf"could not be loaded: tensors\[0\]\.{what}: .* 4096"):
+        engine.save(tmp_path, "tag", Snapshot([Piece(of, Chunk.whole((2,)), torch.ones(2))], {}, {}), latest=True)
+    assert names(tmp_path / "tag") == before
+    check_content(engine, tmp_path, "tag", 1)

@@ -34,7 +34,7 @@ def test_modules_of_any_dtype(dtype: str) -> None:
         folder_at(Path()), "deepspeed", "0.19", 1, {("a.b", "buffer", None): StoredTensor(of, (chunk,))}, {}, {}
     )
     row = next(line.split() for line in printed(module_table(stored)) if line.startswith("a "))
-    assert row == ["a", "1.0K", f"{ITEM_BYTES[dtype]}.0K", f"{ITEM_BYTES[dtype]}.0K"]
+    assert row == ["a", "1.0K", f"{ITEM_BYTES[dtype]}.0KiB", f"{ITEM_BYTES[dtype]}.0KiB"]
 
 
 OF = LogicalTensor("model.layers.0.attention.query_key_value.weight", "weight", (96, 1000), "float32")

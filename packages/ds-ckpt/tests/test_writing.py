@@ -15,7 +15,7 @@ from ds_ckpt.formats import read
 from ds_ckpt.layout import share_out
 from ds_ckpt.sharded import ShardedCheckpoint
 from ds_ckpt.storage import folder_at
-from ds_ckpt.writing import bytes_of, write_file
+from ds_ckpt.writing import bytes_of_chunk, write_file
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import Box, Chunk, LogicalTensor, Piece, Snapshot
 from ds_core.testing.checkpoint import snapshot
@@ -49,7 +49,7 @@ def test_any_interval_of_any_strides(kind, low, high):
     data = STRIDED[kind]
     box = Box((0,) * data.dim(), tuple(data.shape))
     of = LogicalTensor("w", "weight", tuple(data.shape), "float32")
-    found = bytes_of(Piece(of, Chunk.whole(of.shape), data), Chunk(box, low, high - low))
+    found = bytes_of_chunk(Piece(of, Chunk.whole(of.shape), data), Chunk(box, low, high - low))
     expected = data.contiguous().view(-1)[low:high].clone()
     assert bytes(found) == expected.numpy().tobytes()
 
@@ -58,7 +58,7 @@ def test_a_piece_of_an_interval_and_of_another_dtype():
     box = Box((0, 0), (6, 8))
     of = LogicalTensor("w", "weight", (6, 8), "bfloat16")
     spread = torch.arange(40.0)[::2]  # one dimension, with a stride
-    found = bytes_of(Piece(of, Chunk(box, 10, 20), spread), Chunk(box, 13, 5))
+    found = bytes_of_chunk(Piece(of, Chunk(box, 10, 20), spread), Chunk(box, 13, 5))
     expected = spread[3:8].to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
     assert bytes(found) == expected
 
@@ -66,7 +66,7 @@ def test_a_piece_of_an_interval_and_of_another_dtype():
 def test_memory_is_not_copied_where_it_need_not_be():
     of = LogicalTensor("w", "weight", (6, 8), "float32")
     data = MATRIX.clone()
-    found = bytes_of(Piece(of, Chunk.whole(of.shape), data), Chunk(Box((0, 0), (6, 8)), 3, 4))
+    found = bytes_of_chunk(Piece(of, Chunk.whole(of.shape), data), Chunk(Box((0, 0), (6, 8)), 3, 4))
     data.zero_()
     assert bytes(found) == bytes(16)
 
@@ -146,8 +146,9 @@ def test_everything_is_synced_before_the_manifest_is_there(tmp_path, monkeypatch
     engine = ShardedCheckpoint(ShardedConfig(writers=2, chunk_bytes=100), None)
     engine.save(tmp_path, "tag", snapshot(1), latest=True)
     files = sorted(read(tmp_path / "tag").files)
-    assert sorted(events[:2]) == [("sync", name) for name in files]
-    assert events[2:] == [
+    assert events[0] == ("sync", tmp_path.name), "the tag's folder was made"
+    assert sorted(events[1:3]) == [("sync", name) for name in files]
+    assert events[3:] == [
         ("sync", "tag"),
         ("sync", "checkpoint.json.tmp"),
         ("rename", "checkpoint.json"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from ds_ckpt.zero_to_fp32 import (
     convert_zero_checkpoint_to_fp32_state_dict,
     get_fp32_state_dict_from_zero_checkpoint,
     load_state_dict_from_zero_checkpoint,
+    main,
 )
 from ds_core.errors import CheckpointError
 from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
@@ -128,3 +131,23 @@ def test_a_missing_checkpoint_is_told(tmp_path):
         get_fp32_state_dict_from_zero_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="there is no checkpoint 'step'"):
         get_fp32_state_dict_from_zero_checkpoint(tmp_path, "step")
+
+
+def test_the_script_takes_deepspeeds_arguments(saved, tmp_path, capsys):
+    trained, folder = saved
+    assert main([str(folder), str(tmp_path / "bin")]) == 0
+    assert f"{tmp_path / 'bin'}: pytorch_model.bin" in capsys.readouterr().out
+    found = torch.load(tmp_path / "bin" / "pytorch_model.bin", weights_only=True)
+    assert torch.equal(found["embed.weight"], trained.embed.weight)
+    assert "frozen.weight" in found
+    options = ["--safe_serialization", "--exclude_frozen_parameters", "--max_shard_size", "200B"]
+    assert main([str(folder), str(tmp_path / "st"), "-t", "here", *options]) == 0
+    assert "frozen.weight" not in (tmp_path / "st" / "model.safetensors.index.json").read_text()
+
+
+def test_the_script_runs_as_a_module_and_fails_with_a_reason(tmp_path):
+    command = [sys.executable, "-m", "ds_ckpt.zero_to_fp32", str(tmp_path), str(tmp_path / "out"), "--tag", "step"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("there is no checkpoint 'step'\n  where: ")
+    assert not (tmp_path / "out").exists()

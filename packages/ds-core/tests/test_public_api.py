@@ -27,12 +27,24 @@ PUBLIC = {
     "DeepSpeedDataLoader",
     "DeepSpeedEngine",
     "DeepSpeedOptimizer",
-    "DsError",
     "LAMB_OPTIMIZER",
     "MUON_OPTIMIZER",
     "RepeatingLoader",
     "TORCH_DISTRIBUTED_DEFAULT_PORT",
     "logger",
+    # errors
+    "CheckpointError",
+    "CommError",
+    "ConfigError",
+    "DataError",
+    "DsError",
+    "EngineError",
+    "LaunchError",
+    "LossScaleError",
+    "MissingPackageError",
+    "NoCheckpointError",
+    "NotBuiltError",
+    "PluginError",
     # modules
     "accelerator",
     "activation",
@@ -95,6 +107,16 @@ def test_public_names_are_pinned() -> None:
 def test_public_names_resolve(name: str) -> None:
     assert getattr(ds_core, name) is not None
     assert getattr(ds_core, name) is getattr(ds_core, name)
+
+
+def test_every_error_is_at_the_root() -> None:
+    errors = [name for name in ds_core.errors.__all__ if name.endswith("Error")]
+    assert [getattr(ds_core, name) for name in errors] == [getattr(ds_core.errors, name) for name in errors]
+
+
+def test_errors_are_there_without_torch() -> None:
+    code = "import sys, ds_core; ds_core.CheckpointError, ds_core.ConfigError; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
 
 
 def test_entry_points_are_pinned() -> None:

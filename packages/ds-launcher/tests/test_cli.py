@@ -6,8 +6,10 @@ import socket
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 from ds_core.testing.cli import SubcommandContract
+from ds_launcher.cli import app
 
 
 class TestRun(SubcommandContract):
@@ -88,3 +90,12 @@ def test_a_folder_with_a_main_module_is_a_script(jobs):
     jobs.script("say('main', rank)", "job/__main__.py")
     result = jobs.start_command("run", "--nproc", "1", "job").finish()
     assert result.text == "main 0\n"
+
+
+def test_help_cuts_no_name_at_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = CliRunner().invoke(app, ["--help"]).stdout
+    for name in ("--nproc-per-node", "--num_accelerators", "--no_local_rank", "--enable_each_rank_log"):
+        assert name in printed
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= 80

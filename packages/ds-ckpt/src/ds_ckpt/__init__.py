@@ -19,11 +19,13 @@ if TYPE_CHECKING:
         get_fp32_state_dict_from_zero_checkpoint,
         load_state_dict_from_zero_checkpoint,
     )
+    from ds_core.errors import CheckpointError
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Checkpoint",
+    "CheckpointError",
     "convert_zero_checkpoint_to_fp32_state_dict",
     "export",
     "get_fp32_state_dict_from_zero_checkpoint",
@@ -31,7 +33,12 @@ __all__ = [
     "open",
 ]
 
-_MODULES = {"Checkpoint": "reader", "open": "reader", "export": "exporting"}
+_MODULES = {
+    "Checkpoint": "ds_ckpt.reader",
+    "CheckpointError": "ds_core.errors",
+    "export": "ds_ckpt.exporting",
+    "open": "ds_ckpt.reader",
+}
 """Name -> its module; the others are DeepSpeed's."""
 
 
@@ -40,7 +47,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f"ds_ckpt.{_MODULES.get(name, 'zero_to_fp32')}"), name)
+    return getattr(importlib.import_module(_MODULES.get(name, "ds_ckpt.zero_to_fp32")), name)
 
 
 def __dir__() -> list[str]:

@@ -2,8 +2,8 @@
 
 Note: two sets of ranks that talk
     The thread agrees with the other ranks' threads over a gloo group of its own, so that no collective of training
-    meets one of saving. What the main thread agrees on goes over the same group, and only while no thread runs: before
-    a save starts, and after one has ended.
+    meets one of saving. What the main thread agrees on goes over the same group, and only while no thread works: before
+    a save begins, and after one has ended. Where a thread cannot be started on one rank, none begins.
 
 Note: who waits for whom
     ``save`` and ``commit`` are called by every rank, and agree. ``close`` is also called by a rank that ends because
@@ -19,15 +19,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import torch
-
 from ds_ckpt.config import AsyncConfig
-from ds_ckpt.host import HostMemory
 from ds_ckpt.sharded import ShardedCheckpoint, written_by
 from ds_core.checkpoint.flight import Flight
+from ds_core.checkpoint.lost import telling_of_lost_ranks
 from ds_core.checkpoint.saving import place_in, together
 from ds_core.comm import raise_together
-from ds_core.errors import CheckpointError, DsError
+from ds_core.errors import CheckpointError, CommError, DsError
 from ds_core.interfaces.checkpoint import CheckpointEngine
 from ds_core.interfaces.logical import Snapshot
 
@@ -37,6 +35,7 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
+    from ds_ckpt.host import HostMemory
     from ds_ckpt.loading import StoredReader
     from ds_core.config import Section
     from ds_core.interfaces.checkpoint import Directory
@@ -52,9 +51,13 @@ class AsyncCheckpoint(CheckpointEngine):
     reads_universal = ShardedCheckpoint.reads_universal
 
     def __init__(self, options: Section | None, group: ProcessGroup | None) -> None:
+        # Here, since `ds config check` asks the class for its options without torch.
+        from ds_ckpt.host import HostMemory
+
         super().__init__(options, group)
         self._config = cast("AsyncConfig", options) if options is not None else AsyncConfig()
-        self._reading = ShardedCheckpoint(self._config, group)
+        # One for all saves: it knows what is in the checkpoints that it has looked at.
+        self._writer = ShardedCheckpoint(self._config, group, section="async")
         self._memory = HostMemory()
         self._own_group: ProcessGroup | None = None
         self._flight: Flight | None = None
@@ -64,28 +67,40 @@ class AsyncCheckpoint(CheckpointEngine):
         rank, world_size = place_in(self.group)
         if world_size > 1 and self._own_group is None:
             self._own_group = _group_like(cast("ProcessGroup", self.group))
-        captured: list[Snapshot] = []
-        together(
-            lambda: captured.append(_captured(snapshot, rank, self._memory)), f"{directory}/{tag}", self._own_group
-        )
-        flight = Flight(
-            partial(_write, self._config, self._own_group, directory, tag, captured[0], latest),
-            directory=directory,
-            label=f"checkpoint {tag!r} in {directory}",
-            total_bytes=sum(piece.data.nbytes for piece in captured[0].pieces),
-            speaks=rank == 0,
-        )
-        flight.start()
-        self._flight = flight
+        self._writer.group = self._own_group
+        prepared: list[Flight] = []
+
+        def prepare() -> None:
+            captured = _captured(snapshot, rank, self._memory)
+            flight = Flight(
+                partial(_write, self._writer, directory, tag, captured, latest),
+                directory=directory,
+                label=f"checkpoint {tag!r} in {directory}",
+                total_bytes=sum(piece.data.nbytes for piece in captured.pieces),
+                speaks=rank == 0,
+            )
+            flight.prepare()
+            prepared.append(flight)
+
+        place = f"{directory}/{tag}"
+        try:
+            with telling_of_lost_ranks(place):
+                together(prepare, place, self._own_group)
+        except BaseException:
+            for flight in prepared:
+                flight.cancel()
+            raise
+        self._flight = prepared[0]
+        self._flight.begin()
 
     def open(self, directory: Directory, tag: str) -> StoredReader:
-        return self._reading.open(directory, tag)
+        return self._writer.open(directory, tag)
 
     def read_latest(self, directory: Directory) -> str:
-        return self._reading.read_latest(directory)
+        return self._writer.read_latest(directory)
 
     def read_latest_universal(self, directory: Directory) -> str:
-        return self._reading.read_latest_universal(directory)
+        return self._writer.read_latest_universal(directory)
 
     def commit(self) -> None:
         if self._flight is None:
@@ -97,12 +112,9 @@ class AsyncCheckpoint(CheckpointEngine):
             return
         try:
             raise_together(failure, self._own_group)
-        except DsError:
-            raise
-        except RuntimeError as error:
-            # What gloo says where a rank is gone.
+        except CommError as error:
             raise failure or CheckpointError(
-                f"the ranks cannot agree that the checkpoint is complete, one of them is gone: {error}",
+                f"whether the checkpoint is complete is not known: {error.what}",
                 fix="start the job again from the last complete checkpoint",
             ) from error
 
@@ -130,6 +142,8 @@ class AsyncCheckpoint(CheckpointEngine):
 
 def _captured(snapshot: Snapshot, rank: int, memory: HostMemory) -> Snapshot:
     """Return ``snapshot`` as it is now, whatever becomes of what it was made of."""
+    import torch
+
     mine = written_by(rank, snapshot.pieces)
     copies = dict(zip(map(id, mine), memory.copy(mine), strict=True))
     nothing = torch.empty(0)
@@ -143,8 +157,7 @@ def _copy_of_json(value: Any) -> Any:
 
 
 def _write(
-    config: AsyncConfig,
-    group: ProcessGroup | None,
+    writer: ShardedCheckpoint,
     directory: Directory,
     tag: str,
     snapshot: Snapshot,
@@ -153,11 +166,12 @@ def _write(
 ) -> None:
     """Do the work of the thread."""
     try:
-        ShardedCheckpoint(config, group, on_written=count).save(directory, tag, snapshot, latest=latest)
+        writer.on_written = count
+        writer.save(directory, tag, snapshot, latest=latest)
     except DsError:
         raise
     except Exception as error:
-        if not _is_there(group):
+        if not _is_there(writer.group):
             raise CheckpointError(
                 "the process group was destroyed while the checkpoint was being written",
                 where=f"{directory}, tag {tag!r}",

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from ds_ckpt.storage import folder_at
 from ds_core.checkpoint import safetensors_format
+from ds_core.checkpoint.coverage import not_once
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import Box, Chunk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from ds_ckpt.storage import Folder
-    from ds_ckpt.stored import StoredChunk, StoredTensor
+    from ds_ckpt.stored import StoredTensor
 
 __all__ = [
     "ITEM_BYTES",
@@ -43,8 +44,6 @@ _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring = 2, 4, 4, 80
 MAX_DIMS = 64
 """torch's own limit."""
-MAX_COMPARISONS = 10**6
-"""How often boxes of one tensor are compared with each other; a real checkpoint needs a few per box."""
 
 
 def damaged(what: str, folder: Folder | Path, file: str | None = None) -> CheckpointError:
@@ -227,7 +226,7 @@ def check_chunks(
                 raise damaged(f"{label}: a chunk reaches behind the end of {chunk.file}", folder, file)
             if chunk.nbytes:
                 ranges.setdefault(chunk.file, []).append((chunk.offset, chunk.offset + chunk.nbytes, label))
-        problem = _not_once(tensor.of.shape, tensor.chunks)
+        problem = not_once(tensor.of.shape, [chunk.chunk for chunk in tensor.chunks])
         if problem:
             raise damaged(f"{label}: {problem}", folder, file)
     for name, found in ranges.items():
@@ -235,43 +234,3 @@ def check_chunks(
         for (_, end, one), (begin, _, other) in itertools.pairwise(found):
             if begin < end:
                 raise damaged(f"{one} and {other} share bytes of {name}", folder, file)
-
-
-def _not_once(shape: tuple[int, ...], chunks: Sequence[StoredChunk]) -> str | None:
-    """Return why ``chunks`` do not hold every element once, or None where they do."""
-    numel, held = math.prod(shape), sum(chunk.chunk.length for chunk in chunks)
-    if not chunks:
-        return "it has no chunk"
-    if held != numel:
-        return f"its chunks hold {held} of {numel} elements"
-    # As many elements as there are, so that they are all there exactly if no two chunks share one. In the order of
-    # their first element, a box need only be compared with those that are not over by then.
-    spans = [] if len(chunks) == 1 else [_ends(span.box, shape) for chunk in chunks for span in chunk.chunk.spans()]
-    spans.sort(key=lambda span: span[:2])
-    comparisons = 0
-    active: list[tuple[int, Box]] = []
-    for first, last, box in spans:
-        active = [(end, other) for end, other in active if end >= first]
-        comparisons += len(active)
-        if comparisons > MAX_COMPARISONS:
-            return f"its {len(chunks)} chunks are interleaved in too many ways to be checked"
-        if any(_meet(box, other) for _, other in active):
-            return "its chunks overlap"
-        active.append((last, box))
-    return None
-
-
-def _ends(box: Box, shape: Sequence[int]) -> tuple[int, int, Box]:
-    """Return where the first and the last element of ``box`` are in the tensor, and the box."""
-    return _flat(box.start, shape), _flat([a + n - 1 for a, n in zip(box.start, box.size, strict=True)], shape), box
-
-
-def _flat(index: Sequence[int], shape: Sequence[int]) -> int:
-    at = 0
-    for place, size in zip(index, shape, strict=True):
-        at = at * size + place
-    return at
-
-
-def _meet(a: Box, b: Box) -> bool:
-    return all(max(s, t) < min(s + n, t + m) for s, n, t, m in zip(a.start, a.size, b.start, b.size, strict=True))

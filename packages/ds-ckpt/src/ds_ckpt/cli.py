@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import sys
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -9,14 +13,17 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.console import Console
     from rich.progress import Progress
+    from rich.table import Table
 
     from ds_ckpt.stored import Stored
     from ds_ckpt.verify import Damage
     from ds_core.errors import CheckpointError
 
 __all__ = ["app"]
+
+_NO_LIMIT = 10**5
+"""Columns, where what is printed is not for a terminal: another program reads it by lines."""
 
 app = typer.Typer(
     add_completion=False,
@@ -46,15 +53,14 @@ _TagB = Annotated[
 def list_tags(directory: _Directory) -> None:
     """List the checkpoints in DIR, oldest first: step, size, ranks, format; or why one cannot be loaded."""
     from ds_ckpt.tables import tag_table
-    from ds_ckpt.tags import find_tags
+    from ds_ckpt.tags import find_tags, latest_problem
 
     tags = find_tags(directory)
-    console = _console()
-    if not tags:
-        # A path is copied from here, so it stays on one line.
-        console.print(f"no checkpoint in {directory}", markup=False, highlight=False, soft_wrap=True)
-        return
-    console.print(tag_table(tags))
+    problem = latest_problem(directory, tags)
+    _print(
+        tag_table(tags) if tags else f"no checkpoint in {directory}",
+        *([] if problem is None else [f"latest: {problem}"]),
+    )
 
 
 @app.command()
@@ -70,10 +76,7 @@ def show(
     from ds_ckpt.tables import facts, module_table
 
     stored = _read(directory, tag)
-    console = _console()
-    for name, value in facts(stored):
-        console.print(f"{name:>8}  {value}", markup=False, highlight=False, soft_wrap=True)
-    console.print(module_table(stored, depth))
+    _print(*(f"{name:>8}  {value}" for name, value in facts(stored)), module_table(stored, depth))
 
 
 @app.command()
@@ -91,10 +94,10 @@ def verify(directory: _Directory, tag: _TagName = None) -> None:
         raise _error(stored, damages)
     amount = f"{len(stored.files)} file{'' if len(stored.files) == 1 else 's'}, {size_in_words(total)}"
     if all(file.checksum is not None for file in stored.files.values()):
-        text = f"{amount}: all is as it was written"
+        text = "all is as it was written"
     else:
-        text = f"{amount}: sizes and structure are right; {stored.format} has no checksums"
-    _console().print(text, markup=False, highlight=False, soft_wrap=True)
+        text = f"sizes and structure are right; {stored.format} has no checksums"
+    _print(f"{stored.folder}: {amount}: {text}")
 
 
 @app.command("export")
@@ -106,7 +109,10 @@ def export_weights(
         typer.Option("--tag", help="Which; default: what `latest` names, or DIR itself if it is a checkpoint."),
     ] = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="float32, bfloat16, float16, or `stored` for what the model has.")
+        str,
+        typer.Option(
+            "--dtype", help="float32, bfloat16 or float16, or fp32, bf16, fp16; `stored`: what the model has."
+        ),
     ] = "float32",
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", help="Of a file, such as 500MB, or `none` for one file.")
@@ -128,8 +134,8 @@ def export_weights(
             directory,
             output,
             tag,
-            None if dtype == "stored" else dtype,
-            None if max_shard_size == "none" else max_shard_size,
+            dtype,
+            max_shard_size,
             safe_serialization=not as_bin,
             exclude_frozen_parameters=exclude_frozen,
             progress=lambda count, total: progress.update(task, advance=count, total=total),
@@ -140,7 +146,7 @@ def export_weights(
     if done.beyond:
         amount += f", {len(done.beyond)} with values that {dtype} cannot hold: infinite now"
     what = done.files[0] if done.index is None else f"{len(done.files)} files and {done.index}"
-    _console().print(f"{amount}: {output}/{what}", markup=False, highlight=False, soft_wrap=True)
+    _print(f"{amount}: {output}/{what}")
 
 
 @app.command()
@@ -165,48 +171,75 @@ def diff(
 
     Exit with 0 if they are equal, 1 if they differ, 2 if they cannot be compared.
     """
-    from ds_ckpt.diff import compare
-    from ds_ckpt.tables import difference_tables, one_line, summary
     from ds_core.errors import CheckpointError, DsError
 
     try:
-        stored_a, stored_b = _read(*_place(a, tag_a)), _read(*_place(b, tag_b))
-        with _progress() as progress:
-            task = progress.add_task("comparing", total=None)
-            found = compare(
-                stored_a,
-                stored_b,
-                tolerance=tolerance,
-                read=read,
-                with_state=not no_state,
-                progress=lambda count, total: progress.update(task, advance=count, total=total),
-            )
+        is_equal = _diff(
+            _place(a, tag_a),
+            _place(b, tag_b),
+            tolerance=tolerance,
+            read=read,
+            with_state=not no_state,
+            all_rows=all_rows,
+        )
     except (DsError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
         # 1 means that they differ, so what is printed for every error elsewhere is printed here.
         if isinstance(error, OSError):
             error = CheckpointError(f"cannot be read: {error.strerror or error}", where=error.filename)
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
-    console = _console()
-    for name, stored in (("A", stored_a), ("B", stored_b)):
-        console.print(f"{name}  {one_line(stored)}", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(0 if is_equal else 1)
+
+
+def _diff(
+    a: tuple[str, str | None],
+    b: tuple[str, str | None],
+    *,
+    tolerance: float,
+    read: bool,
+    with_state: bool,
+    all_rows: bool,
+) -> bool:
+    """Print what differs between two checkpoints, each a folder and a tag, and return whether they are equal."""
+    from ds_ckpt.diff import compare
+    from ds_ckpt.tables import difference_tables, one_line, summary
+
+    stored_a, stored_b = _read(*a), _read(*b)
+    with _progress() as progress:
+        task = progress.add_task("comparing", total=None)
+        found = compare(
+            stored_a,
+            stored_b,
+            tolerance=tolerance,
+            read=read,
+            with_state=with_state,
+            progress=lambda count, total: progress.update(task, advance=count, total=total),
+        )
+    items: list[str | Table] = [f"A  {one_line(stored_a)}", f"B  {one_line(stored_b)}"]
     for table in difference_tables(found, **({"most_rows": None} if all_rows else {})):
-        console.print()
-        console.print(table)
-    console.print()
-    console.print(summary(found), markup=False, highlight=False)
-    raise typer.Exit(0 if found.is_empty else 1)
+        items += ["", table]
+    _print(*items, "", summary(found))
+    return found.is_empty
 
 
 def _place(text: str, tag: str | None) -> tuple[str, str | None]:
     """Return the folder and the tag that an argument means: ``DIR``, or ``DIR:TAG`` where there is no such ``DIR``."""
     from pathlib import Path
 
-    directory, _, last = text.rpartition(":")
+    from ds_ckpt.storage import folder_at
+
+    if tag is not None or Path(text).exists():
+        return text, tag
+    parts = text.split(":")
+    splits = [(":".join(parts[:at]), ":".join(parts[at:])) for at in range(len(parts) - 1, 0, -1)]
     # What follows the colon of a URL's scheme has slashes.
-    if tag is None and directory and last and "/" not in last and not Path(text).exists():
-        return directory, last
-    return text, tag
+    splits = [(directory, last) for directory, last in splits if directory and last and "/" not in last]
+    if len(splits) > 1:
+        # A tag may have colons, and so may a folder.
+        splits = [split for split in splits if folder_at(split[0]).is_there()] or splits
+    return splits[0] if splits else (text, None)
 
 
 def _error(stored: Stored, damages: Sequence[Damage]) -> CheckpointError:
@@ -226,10 +259,40 @@ def _read(directory: str, tag: str | None) -> Stored:
     return formats.read(folder_of(directory, tag))
 
 
-def _console() -> Console:
+def _print(*items: str | Table) -> None:
+    """Print lines, and tables that fold where the terminal ends.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     from rich.console import Console
 
-    return Console()
+    from ds_ckpt.tables import least_width
+    from ds_core.errors import CheckpointError
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A tag may have letters that the terminal has not.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    console = Console()
+    is_narrow = console.is_terminal or "COLUMNS" in os.environ
+    try:
+        for item in items:
+            if isinstance(item, str):
+                # A path is copied from here, so it stays on one line.
+                console.print(item, markup=False, highlight=False, soft_wrap=True)
+            else:
+                Console(width=max(console.width, least_width(item)) if is_narrow else _NO_LIMIT).print(item)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        # What is left in the buffer would fail again when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise CheckpointError(
+            f"the result cannot be printed: {error.strerror or error}",
+            where="stdout",
+            fix="make room where it is written to",
+        ) from error
 
 
 def _progress() -> Progress:
@@ -237,12 +300,14 @@ def _progress() -> Progress:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     # On stderr, and gone at the end: the output is the result alone.
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     )

@@ -2,17 +2,20 @@
 
 Note: equal. Numbers are equal as numbers: NaN equals NaN, -0.0 equals 0.0. Where dtypes differ, both are compared as
 float64. Where both checkpoints have the same checksum for the same part of a tensor, it is not read.
+
+Note: masters. A checkpoint of DeepSpeed's at stage 3 has no weights in 16 bits, only the masters they are cast from.
+Where one checkpoint has both and the other the master alone, its weight is the master, cast.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ds_ckpt.casting import BITS, cast, is_floating
+from ds_ckpt.casting import BITS, TARGETS, cast, is_floating
 from ds_ckpt.checks import short
 from ds_ckpt.ranges import Ranges
 from ds_core.checkpoint.jsonable import leaves
@@ -95,7 +98,8 @@ def compare(
     """Return what differs between ``a`` and ``b``; who wrote them, in what format and on how many ranks does not count.
 
     A weight of one and a master of the other are compared where neither has its own counterpart: a master is the
-    weight before it was cast.
+    weight before it was cast. Where one has both and the other the master alone, the weight is compared with that
+    master, cast.
 
     Args:
         a: a checkpoint.
@@ -109,30 +113,50 @@ def compare(
         CheckpointError: bytes are not what was written, or a file cannot be read.
     """
     pairs = list(_pairs(a, b))
-    total = sum(_nbytes(one) for one, two in pairs if one and two and one.of.shape == two.of.shape)
+    total = sum(_nbytes(one) for one, two, _ in pairs if one and two and one.of.shape == two.of.shape)
     comparing = _Comparing(a, b, tolerance, read, lambda count: progress(count, total) if progress else None)
     try:
-        found = [comparing.tensors(one, two) for one, two in pairs]
+        found = [comparing.tensors(pair) for pair in pairs]
     finally:
         comparing.close()
     return Difference(
         tuple(difference for difference in found if difference is not None),
         tuple(_states(a, b, tolerance)) if with_state else (),
-        sum(one is not None and two is not None for one, two in pairs),
+        sum(pair.one is not None and pair.two is not None for pair in pairs),
         total,
         comparing.unread,
     )
 
 
-def _pairs(a: Stored, b: Stored) -> Iterator[tuple[StoredTensor | None, StoredTensor | None]]:
+class _Pair(NamedTuple):
+    one: StoredTensor | None
+    two: StoredTensor | None
+    dtype: str | None = None
+    """What both are cast to before they are compared; None: nothing."""
+
+
+def _pairs(a: Stored, b: Stored) -> Iterator[_Pair]:
     """Yield the tensors of ``a`` with their counterparts in ``b``, then those that ``b`` alone has."""
     left = {key: tensor for key, tensor in b.tensors.items() if key not in a.tensors}
     for (name, kind, rank), tensor in a.tensors.items():
         other = b.tensors.get((name, kind, rank))
         if other is None and kind in _SAME_VALUES:
             other = left.pop((name, _SAME_VALUES[kind], rank), None)
-        yield tensor, other
-    yield from ((None, tensor) for tensor in left.values())
+        master = _master_for(tensor, a, b) if other is None else None
+        yield _Pair(tensor, other) if master is None else _Pair(tensor, master, tensor.of.dtype)
+    for tensor in left.values():
+        master = _master_for(tensor, b, a)
+        yield _Pair(None, tensor) if master is None else _Pair(master, tensor, tensor.of.dtype)
+
+
+def _master_for(weight: StoredTensor, own: Stored, other: Stored) -> StoredTensor | None:
+    """Return the master in ``other`` that says what ``weight`` of ``own`` is there; None where there is none."""
+    name, kind, rank = weight.key
+    key = (name, MASTER, rank)
+    if kind != WEIGHT or weight.of.dtype not in TARGETS or key not in own.tensors:
+        return None
+    found = other.tensors.get(key)
+    return found if found is not None and is_floating(found.of.dtype) else None
 
 
 def _nbytes(tensor: StoredTensor) -> int:
@@ -151,16 +175,20 @@ class _Comparing:
         self._a.close()
         self._b.close()
 
-    def tensors(self, one: StoredTensor | None, two: StoredTensor | None) -> TensorDifference | None:
+    def tensors(self, pair: _Pair) -> TensorDifference | None:
+        one, two, dtype = pair
         if one is None or two is None or one.of.shape != two.of.shape:
             return TensorDifference(one.of if one else None, two.of if two else None)
         count, largest, relative = 0, 0.0, 0.0
+        dtypes = (one.of.dtype, two.of.dtype) if dtype is None else (dtype, dtype)
         for x, y in self._blocks(one, two):
-            found = _differences(x, y, one.of.dtype, two.of.dtype, self._tolerance)
+            self._progress(len(x) * x.itemsize)
+            if dtype is not None:
+                x, y = cast(x, one.of.dtype, dtype)[0], cast(y, two.of.dtype, dtype)[0]
+            found = _differences(x, y, *dtypes, self._tolerance)
             count += found[0]
             largest, relative = max(largest, found[1]), max(relative, found[2])
-            self._progress(len(x) * x.itemsize)
-        if not count and one.of.dtype == two.of.dtype:
+        if not count and dtypes[0] == dtypes[1]:
             return None
         return TensorDifference(one.of, two.of, count, largest, relative)
 
@@ -260,7 +288,8 @@ def _numbers(values: Array, dtype: str) -> Array:
         return values.astype("c16")
     if is_floating(dtype) and dtype != "float64":
         values = cast(values, dtype, "float32")[0]
-    return values.astype("f8")
+    with np.errstate(invalid="ignore"):  # a signalling NaN is a NaN
+        return values.astype("f8")
 
 
 def _states(a: Stored, b: Stored, tolerance: float) -> Iterator[StateDifference]:
@@ -275,12 +304,24 @@ def _differing_leaves(
 ) -> Iterator[StateDifference]:
     one, two = dict(leaves(dict(a), path)), dict(leaves(dict(b), path))
     for way in dict.fromkeys([*one, *two]):
+        if _is_filled(way, one, two) or _is_filled(way, two, one):
+            # What is in it there is told; that it is not empty there is the same change.
+            continue
         if way not in two:
             yield StateDifference(way, _in_words(one[way]), None)
         elif way not in one:
             yield StateDifference(way, None, _in_words(two[way]))
         elif not _is_equal(one[way], two[way], tolerance):
             yield StateDifference(way, _in_words(one[way]), _in_words(two[way]))
+
+
+def _is_filled(way: str, of: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether ``of`` has nothing in what is at ``way``, and ``other`` has something."""
+    value = of.get(way)
+    if way in other or not isinstance(value, (dict, list)) or "shape" in value:
+        return False
+    inside = (f"{way}.", f"{way}[") if way else ""
+    return any(path.startswith(inside) for path in other)
 
 
 def _is_equal(a: Any, b: Any, tolerance: float) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_ckpt.ranges import Ranges
 from ds_ckpt.reader import open as open_checkpoint
 from ds_ckpt.weights import weights_of
-from ds_core.checkpoint.huggingface import parse_size, plan_layout, write_layout
+from ds_core.checkpoint.huggingface import parse_dtype, parse_size, plan_layout, write_layout
+from ds_core.checkpoint.local import local_path
 from ds_core.checkpoint.safetensors_format import Entry, write_stream
 from ds_core.errors import MissingPackageError
 from ds_core.log import logger
@@ -16,6 +16,7 @@ from ds_core.log import logger
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from os import PathLike
+    from pathlib import Path
 
     import torch
 
@@ -30,7 +31,7 @@ def export(
     path: str | PathLike[str],
     output: str | PathLike[str],
     tag: str | None = None,
-    dtype: str | None = "float32",
+    dtype: str | torch.dtype | None = "float32",
     max_shard_size: str | int | None = "5GB",
     safe_serialization: bool = True,
     exclude_frozen_parameters: bool = False,
@@ -47,8 +48,9 @@ def export(
         output: a folder of this machine's, made if missing; weights of an earlier export in it are replaced, at no
             moment are there some of both.
         tag: which; None: the one that ``latest`` names, or ``path`` itself where it is a checkpoint.
-        dtype: ``float32``, ``bfloat16`` or ``float16``: what floating tensors are cast to, frozen weights and buffers
-            too, from masters where there are any; None: the weights as the model has them.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, also as ``fp32``, ``bf16``, ``fp16`` or a ``torch.dtype``: what
+            floating tensors are cast to, frozen weights and buffers too, from masters where there are any; None: the
+            weights as the model has them.
         max_shard_size: of a file, such as ``"5GB"``; a larger tensor has one of its own. None: one file.
         safe_serialization: ``model.safetensors`` rather than ``pytorch_model.bin``, which needs torch.
         exclude_frozen_parameters: leave out the weights that are not trained.
@@ -57,16 +59,17 @@ def export(
     Raises:
         CheckpointError: the checkpoint is damaged, naming file and tensor; or the disk is full, ...
     """
+    word = parse_dtype(dtype)
     parse_size(max_shard_size)
     if not safe_serialization:
         _need_torch()
-    folder = Path(output)
+    folder = local_path(output, "output")
     with open_checkpoint(path, tag) as checkpoint:
-        weights = weights_of(checkpoint.stored, dtype, exclude_frozen=exclude_frozen_parameters)
+        weights = weights_of(checkpoint.stored, word, exclude_frozen=exclude_frozen_parameters)
         ranges = Ranges(checkpoint.stored)
         try:
             return _Exporting(weights, ranges, progress).write(
-                folder, dtype, max_shard_size, safe_serialization=safe_serialization
+                folder, word, max_shard_size, safe_serialization=safe_serialization
             )
         finally:
             ranges.close()

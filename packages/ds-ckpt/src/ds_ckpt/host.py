@@ -24,11 +24,15 @@ _ALIGN_BYTES = 64
 
 
 class HostMemory:
-    """One flat buffer of bytes, as large as the largest copy so far; pinned once a copy came from a CUDA device."""
+    """One flat buffer of bytes, as large as the largest copy so far; pinned once a copy came from a CUDA device.
+
+    Where it cannot be pinned that is told once, and not tried again.
+    """
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
         self._pin: weakref.finalize[[Tensor], HostMemory] | None = None
+        self._can_pin = True
 
     @property
     def nbytes(self) -> int:
@@ -70,11 +74,13 @@ class HostMemory:
 
     def _of(self, nbytes: int, *, pinned: bool) -> Tensor:
         """Return a buffer of at least ``nbytes``."""
+        pinned = pinned and self._can_pin
         if self._buffer is None or self.nbytes < nbytes or (pinned and self._pin is None):
             self.release()  # before there is another
             self._buffer = torch.empty(nbytes, dtype=torch.uint8)
             if pinned and nbytes:
                 self._pin = _pin(self._buffer, self)
+                self._can_pin = self._pin is not None
         return self._buffer
 
 

@@ -2,6 +2,9 @@
 
 Note: order. A checkpoint that is removed loses its manifest first, durably, then its files, then its folder: a crash in
 between leaves what a crashed save leaves, files that no manifest names. Both are swept by a later save.
+
+Note: other names. A link or a mount may lead to a folder that has another name too, or to one that is elsewhere. Links
+are left alone and are not counted; what must stay is known by the folder itself, whatever name leads to it.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ __all__ = ["Complete", "Keeper", "to_remove"]
 
 LEFTOVER_AGE_S = 3600
 """A folder without manifest that was written to since may be another job's save, not finished yet."""
+STORE_LEFTOVER_AGE_S = 24 * 3600
+"""The same of a store: it has a clock of its own, and a large file only gets its time when all of it was put."""
 _OURS_BESIDE = frozenset({MANIFEST, f"{MANIFEST}.tmp"})
 
 
@@ -67,6 +72,7 @@ class Keeper:
     def __init__(self, *, keep_last: int | None, keep_every: int | None) -> None:
         self.keep_last, self.keep_every = keep_last, keep_every
         self._known: dict[tuple[str, int | None], Complete | None] = {}
+        self._told: set[str] = set()
 
     def tidy(self, directory: Folder, written: str) -> None:
         """Remove what is not kept and what crashes left, once the checkpoint ``written`` is complete.
@@ -83,15 +89,29 @@ class Keeper:
     def _remove_old(self, directory: Folder, written: str) -> None:
         if self.keep_last is None:
             return
-        # What was just written is the newest, whatever clocks say.
-        tags = [tag for tag in directory.complete_tags() if tag != written] + [written]
-        found = [each for tag in tags if (each := self._complete(directory / tag)) is not None]
-        protected = {written, *([directory.read_latest()] if directory.has(LATEST) else [])}
+        tags = [tag for tag in directory.complete_tags() if not (directory / tag).is_link()]
+        places = {place: tag for tag in tags if (place := (directory / tag).identity()) is not None}
+        newest = (directory / written).identity()
+        if newest in places:
+            # Whatever clocks say.
+            places[newest] = places.pop(newest)
+        found = [each for tag in places.values() if (each := self._complete(directory / tag)) is not None]
+        stays = [written, *([directory.read_latest()] if directory.has(LATEST) else [])]
+        protected = {places[place] for tag in stays if (place := (directory / tag).identity()) in places}
         for tag in to_remove(found, keep_last=self.keep_last, keep_every=self.keep_every, protected=protected):
-            _remove(directory / tag, "an old checkpoint")
+            if not self._is_shared(directory / tag):
+                _remove(directory / tag, "an old checkpoint")
+
+    def _is_shared(self, folder: Folder) -> bool:
+        """Return whether somebody else's things are in ``folder`` by now, or it is a link by now."""
+        foreign = [name for name in folder.files() if not _is_named_like_ours(name)] + folder.folders()
+        if foreign and str(folder) not in self._told:
+            self._told.add(str(folder))
+            logger.warning("%s is never removed, it holds %s, which no save wrote", folder, ", ".join(foreign[:3]))
+        return bool(foreign) or folder.is_link()
 
     def _complete(self, folder: Folder) -> Complete | None:
-        """Return what is in ``folder``; None where it is not certain that one of our engines wrote all of it."""
+        """Return what is in ``folder``; None where its manifest is none that one of our engines wrote."""
         key = (str(folder), folder.changed_ns(MANIFEST))
         if key not in self._known:
             self._known[key] = _read(folder)
@@ -99,10 +119,6 @@ class Keeper:
 
 
 def _read(folder: Folder) -> Complete | None:
-    foreign = [name for name in folder.files() if not _is_named_like_ours(name)] + folder.folders()
-    if foreign:
-        logger.warning("%s is never removed, it holds %s, which no save wrote", folder, ", ".join(foreign[:3]))
-        return None
     try:
         data = folder.read(MANIFEST, MAX_JSON_BYTES)
         if sharded.is_sharded(data):
@@ -125,10 +141,10 @@ def _is_named_like_ours(name: str) -> bool:
 
 def _sweep(directory: Folder, written: str) -> None:
     """Remove the folders that crashed saves and removals left, under whatever tag."""
-    now_ns = time.time_ns()
+    now_ns, age_s = time.time_ns(), LEFTOVER_AGE_S if directory.path is not None else STORE_LEFTOVER_AGE_S
     for tag in directory.folders():
         folder = directory / tag
-        if tag == written or folder.has(MANIFEST):
+        if tag == written or folder.is_link() or folder.has(MANIFEST):
             continue
         names = folder.files()
         if not names or folder.folders() or not all(map(_is_named_like_ours, names)):
@@ -136,7 +152,7 @@ def _sweep(directory: Folder, written: str) -> None:
         changed = [folder.changed_ns(name) for name in names]
         # A store's folders have no time of their own.
         changed += [at for at in [folder.changed_ns()] if at is not None]
-        if all(at is not None and now_ns - at > LEFTOVER_AGE_S * 10**9 for at in changed):
+        if all(at is not None and now_ns - at > age_s * 10**9 for at in changed):
             _remove(folder, "what a crash left")
 
 

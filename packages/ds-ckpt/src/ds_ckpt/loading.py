@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ds_ckpt.ranges import Ranges, as_tensor, label
 from ds_core.errors import CheckpointError
-from ds_core.interfaces.checkpoint import CheckpointReader
+from ds_core.interfaces.checkpoint import CheckpointReader, digest
 from ds_core.interfaces.logical import overlaps
 
 if TYPE_CHECKING:
@@ -41,6 +41,11 @@ class StoredReader(CheckpointReader):
     @property
     def world_size(self) -> int:
         return self.stored.world_size
+
+    @property
+    def identity(self) -> str:
+        files = [(file.name, file.nbytes, file.checksum) for file in self.stored.files.values()]
+        return digest(files, self.world_size, self.state, list(map(repr, self.tensors())))
 
     def rank_state(self, rank: int) -> Mapping[str, Any]:
         return self.stored.rank_states[rank] if self.stored.rank_states else {}

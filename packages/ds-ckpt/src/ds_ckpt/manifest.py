@@ -26,6 +26,7 @@ from ds_ckpt.checksums import checksum
 from ds_ckpt.storage import folder_at
 from ds_ckpt.stored import Stored, StoredChunk, StoredFile, StoredTensor
 from ds_core.checkpoint.folder import MANIFEST
+from ds_core.checkpoint.safetensors_format import MAX_HEADER_BYTES
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import Chunk, LogicalTensor
 
@@ -42,8 +43,6 @@ FORMAT = "ds-sharded"
 FORMAT_VERSION = 1
 _CHECKSUM = re.compile(r"xxh3:[0-9a-f]{32}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
-_MAX_HEADER_BYTES = 10**8
-"""The limit of safetensors itself."""
 
 
 def encode(stored: Stored) -> bytes:
@@ -139,7 +138,7 @@ def _file(name: str, field: Field) -> StoredFile:
         name,
         nbytes,
         sum_of_all,
-        (header_bytes.whole(8, min(nbytes, _MAX_HEADER_BYTES)), _checksum(header_sum)),
+        (header_bytes.whole(8, min(nbytes, 8 + MAX_HEADER_BYTES)), _checksum(header_sum)),
     )
 
 

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from ds_ckpt.stored import Stored, StoredChunk, StoredTensor
     from ds_core.interfaces.logical import LogicalTensor
 
-__all__ = ["Ranges", "as_tensor", "label"]
+__all__ = ["MAX_OPEN_FILES", "Ranges", "as_tensor", "label"]
+
+MAX_OPEN_FILES = 32
+"""A checkpoint has a file of each writer of each rank, and a process may usually open 1024; a mapped one takes two."""
 
 
 def label(of: LogicalTensor) -> str:
@@ -35,11 +38,12 @@ def label(of: LogicalTensor) -> str:
 
 
 class Ranges:
-    """The bytes of a checkpoint's chunks. Files are opened when they are first needed; threads may share one."""
+    """The bytes of a checkpoint's chunks; threads may share one. The files that were used last stay open."""
 
     def __init__(self, stored: Stored) -> None:
         self._stored = stored
         self._files: dict[str, File] = {}
+        self._headers: set[str] = set()
         self._checked: set[tuple[str, int, int]] = set()
         self._lock = threading.Lock()
 
@@ -86,22 +90,27 @@ class Ranges:
 
     def _open(self, name: str) -> File:
         with self._lock:
-            if name not in self._files:
-                self._files[name] = _open_checked(self._stored, name)
-            return self._files[name]
+            file = self._files.pop(name, None)
+            if file is None:
+                while len(self._files) >= MAX_OPEN_FILES:
+                    del self._files[next(iter(self._files))]
+                file = _open_checked(self._stored, name, header=name not in self._headers)
+                self._headers.add(name)
+            self._files[name] = file  # as the last one
+            return file
 
     def _damaged(self, tensor: StoredTensor, chunk: StoredChunk, why: str) -> Exception:
         place = f"{chunk.nbytes} bytes from {chunk.offset}"
         return damaged(f"{label(tensor.of)} is damaged: {why} ({place})", self._stored.folder, chunk.file)
 
 
-def _open_checked(stored: Stored, name: str) -> File:
-    """Open a file of a checkpoint, whose size and header are what was written."""
+def _open_checked(stored: Stored, name: str, *, header: bool) -> File:
+    """Open a file of a checkpoint, whose size, and header if that is asked for, are what was written."""
     file, expected = stored.folder.open(name), stored.files[name]
     if file.nbytes != expected.nbytes:
         what = f"a file of the checkpoint has {file.nbytes} bytes instead of {expected.nbytes}"
         raise damaged(what, stored.folder, name)
-    if expected.header is not None:
+    if header and expected.header is not None:
         head = bytearray(expected.header[0])
         if not file.read_into(0, memoryview(head)) or checksum(head) != expected.header[1]:
             what = f"the header of the file, its first {len(head)} bytes, is not what was written"

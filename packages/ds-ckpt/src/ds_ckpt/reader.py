@@ -12,6 +12,7 @@ from ds_ckpt.checks import damaged
 from ds_ckpt.loading import StoredReader
 from ds_ckpt.tags import folder_of
 from ds_core.checkpoint.jsonable import decode
+from ds_core.checkpoint.partly import values_of
 from ds_core.errors import CheckpointError, nearest
 from ds_core.interfaces.logical import BUFFER, MASTER, WEIGHT, Chunk, Piece
 
@@ -65,15 +66,22 @@ class Checkpoint:
         return self.stored.world_size
 
     def names(self) -> list[str]:
-        """Return the names of all parameters and buffers, each once, in the order they were saved in."""
+        """Return the names of all parameters and buffers, in the order they were saved in.
+
+        A parameter with several names is there once, under the first.
+        """
         return list(dict.fromkeys(name for name, _, _ in self.stored.tensors))
 
     def kinds(self, name: str) -> list[str]:
         """Return what is stored of ``name``: ``weight``, ``master``, ``buffer``, ``exp_avg``, ...
 
+        Args:
+            name: of the parameter or buffer; of a parameter with several names, any of them.
+
         Raises:
             CheckpointError: there is no such name.
         """
+        name = self._stored_name(name)
         found = list(dict.fromkeys(kind for stored, kind, _ in self.stored.tensors if stored == name))
         if not found:
             close = nearest(name, self.names())
@@ -88,7 +96,7 @@ class Checkpoint:
         """Return a tensor whole, on the CPU, in the dtype it is stored in; a new one each time.
 
         Args:
-            name: of the parameter or buffer.
+            name: of the parameter or buffer; of a parameter with several names, any of them.
             kind: one of :meth:`kinds`. A master is the weight before it was cast, so where one of ``master`` and
                 ``weight`` is missing the other is returned; for a buffer, both are the buffer.
             rank: whose, for a gradient that every rank has its own part of.
@@ -98,7 +106,7 @@ class Checkpoint:
         """
         import torch
 
-        of = self._find(name, kind, rank).of
+        of = self._find(self._stored_name(name), kind, rank).of
         try:
             data = torch.empty(of.shape, dtype=getattr(torch, of.dtype))
         except (MemoryError, RuntimeError) as error:
@@ -126,8 +134,8 @@ class Checkpoint:
 
     @property
     def client_state(self) -> dict[str, Any]:
-        """What the caller of ``save_checkpoint`` gave."""
-        return cast("dict[str, Any]", self.state.get("client_state", {}))
+        """What the caller of ``save_checkpoint`` gave; a value that cannot be read is missed when it is asked for."""
+        return cast("dict[str, Any]", values_of(self.state, "client_state"))
 
     def close(self) -> None:
         """Let go of all files."""
@@ -141,6 +149,14 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         return f"<{self.stored.format} checkpoint {str(self.path)!r}, {len(self.stored.tensors)} tensors>"
+
+    def _stored_name(self, name: str) -> str:
+        """Return the name that what ``name`` means is stored under."""
+        if any(stored == name for stored, _, _ in self.stored.tensors):
+            return name
+        from ds_ckpt.weights import shared_names
+
+        return shared_names(self.stored).get(name, name)
 
     def _find(self, name: str, kind: str, rank: int | None) -> StoredTensor:
         for instead in _INSTEAD.get(kind, (kind,)):

@@ -20,12 +20,14 @@ from ds_ckpt.config import ShardedConfig
 from ds_ckpt.keeping import Keeper
 from ds_ckpt.layout import share_out
 from ds_ckpt.loading import StoredReader
-from ds_ckpt.manifest import FORMAT, FORMAT_VERSION, encode
+from ds_ckpt.manifest import FORMAT, FORMAT_VERSION, decode, encode
 from ds_ckpt.storage import folder_at
 from ds_ckpt.stored import Stored, StoredChunk, StoredFile, StoredTensor
-from ds_ckpt.tags import latest_universal
+from ds_ckpt.tags import latest_universal, read_latest
+from ds_core.checkpoint import saving
 from ds_core.checkpoint.folder import LATEST, MANIFEST
-from ds_core.checkpoint.saving import agree_on_id, file_name, is_ours, place_in, together
+from ds_core.checkpoint.lost import telling_of_lost_ranks
+from ds_core.checkpoint.saving import agree_on_id, file_name, is_ours, place_in, together, warn_of_deepspeed
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.checkpoint import CheckpointEngine
 from ds_core.log import logger
@@ -67,34 +69,54 @@ class ShardedCheckpoint(CheckpointEngine):
         group: ProcessGroup | None,
         *,
         on_written: Callable[[int], object] = lambda nbytes: None,
+        section: str = "sharded",
     ) -> None:
-        """``on_written``: told of every number of bytes that was written, in whatever thread."""
+        """Make one that writes for another engine, too.
+
+        Args:
+            options: None: the defaults.
+            group: None: one process alone.
+            on_written: told of every number of bytes that was written, in whatever thread.
+            section: of ``checkpoint``, that the options are from; for errors.
+        """
         super().__init__(options, group)
-        self._on_written = on_written
+        self._section = section
+        self.on_written = on_written
         self._config = cast("ShardedConfig", options) if options is not None else ShardedConfig()
         self._keeper = Keeper(keep_last=self._config.keep_last, keep_every=self._config.keep_every)
 
     def save(self, directory: Directory, tag: str, snapshot: Snapshot, *, latest: bool) -> None:
-        rank, world_size = place_in(self.group)
-        place = folder_at(directory)
-        folder = place / tag
+        with telling_of_lost_ranks(_printed(directory, tag)):
+            self._save(directory, tag, snapshot, latest)
+
+    def _save(self, directory: Directory, tag: str, snapshot: Snapshot, latest: bool) -> None:
+        rank, _ = place_in(self.group)
         save_id = agree_on_id(self.group)
         names = [file_name(rank, save_id, part) for part in range(self._config.writers)]
+        places: list[Folder] = []
         mine: list[_Report] = []
+
+        def write() -> None:
+            # A store may be out of reach of one rank: its package is missing there.
+            places.append(folder_at(directory))
+            mine.append(self._write_own(places[0] / tag, names, rank, snapshot))
+
         try:
-            together(lambda: mine.append(self._write_own(folder, names, rank, snapshot)), folder, self.group)
+            together(write, _printed(directory, tag), self.group)
         except CheckpointError:
             # No manifest will ever name them, and the disk may be full.
-            _remove(folder, names, logging.DEBUG)
+            for place in places:
+                _remove(place / tag, names, logging.DEBUG)
             raise
-        reports = self._gather(mine[0], rank, world_size)
+        place, folder = places[0], places[0] / tag
+        reports = saving.gather(mine[0], self.group)
         together(lambda: self._commit(place, tag, reports, snapshot, latest) if rank == 0 else None, folder, self.group)
 
     def open(self, directory: Directory, tag: str) -> StoredReader:
         return StoredReader(formats.read(folder_at(directory) / tag))
 
     def read_latest(self, directory: Directory) -> str:
-        return folder_at(directory).read_latest()
+        return read_latest(directory)
 
     def read_latest_universal(self, directory: Directory) -> str:
         return latest_universal(directory)
@@ -104,22 +126,12 @@ class ShardedCheckpoint(CheckpointEngine):
         folder.make()
         shares = share_out(written_by(rank, snapshot.pieces), writers=len(names), chunk_bytes=self._config.chunk_bytes)
         report = _Report([], [], snapshot.rank_state)
-        for parts, (file, chunks) in zip(shares, _write_files(folder, names, shares, self._on_written), strict=True):
+        for parts, (file, chunks) in zip(shares, _write_files(folder, names, shares, self.on_written), strict=True):
             report.files.append(file)
             report.chunks += [(part.piece.of, chunk) for part, chunk in zip(parts, chunks, strict=True)]
         if shares:
             folder.sync()
         return report
-
-    def _gather(self, mine: _Report, rank: int, world_size: int) -> list[_Report]:
-        """Return every rank's report, on rank 0."""
-        if self.group is None:
-            return [mine]
-        import torch.distributed as dist
-
-        told: list[Any] | None = [None] * world_size if rank == 0 else None
-        dist.gather_object(mine, told, group=self.group, group_dst=0)
-        return told or []
 
     def _commit(
         self, directory: Folder, tag: str, reports: Sequence[_Report], snapshot: Snapshot, latest: bool
@@ -142,17 +154,28 @@ class ShardedCheckpoint(CheckpointEngine):
     def _write_manifest(self, folder: Folder, reports: Sequence[_Report], snapshot: Snapshot) -> None:
         data = encode(_joined(folder, reports, snapshot))
         if len(data) > MAX_JSON_BYTES:
+            states = [dict(snapshot.state), *(dict(report.rank_state) for report in reports)]
+            state_bytes = len(json.dumps(states))
+            is_state = 2 * state_bytes > len(data)
             raise CheckpointError(
-                f"the manifest would have {len(data)} bytes, readers take {MAX_JSON_BYTES}",
+                f"the manifest would have {len(data)} bytes, {state_bytes} of them the state; readers take "
+                f"{MAX_JSON_BYTES}",
                 where=str(folder),
-                fix="set checkpoint.sharded.chunk_bytes to a larger number",
+                fix="save large values of client_state in a file of your own, with engine.checkpoint_engine.save"
+                if is_state
+                else f"set checkpoint.{self._section}.chunk_bytes to a larger number",
             )
+        try:
+            decode(data, folder)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"what was saved could not be loaded: {error.what}", where=str(folder), fix="shorten what is too long"
+            ) from error
         folder.replace(MANIFEST, data)
 
 
 def written_by(rank: int, pieces: Sequence[Piece]) -> list[Piece]:
-    """Return what ``rank`` writes, each chunk once."""
-    found: dict[tuple[Any, ...], Piece] = {}
+    """Return what ``rank`` writes, each chunk once; what no rank could write is refused on all."""
     for piece in pieces:
         if piece.of.dtype not in ITEM_BYTES:
             raise CheckpointError(
@@ -160,10 +183,12 @@ def written_by(rank: int, pieces: Sequence[Piece]) -> list[Piece]:
                 where=f"tensor {piece.of.kind} {piece.of.name!r}",
                 fix=f"one of {', '.join(ITEM_BYTES)}",
             )
-        # A chunk without elements says nothing, unless the tensor has none at all; such a one is stored once.
-        if piece.writer == rank and (piece.chunk.length or not piece.of.numel):
-            found.setdefault((piece.of.name, piece.of.kind, piece.of.rank, piece.chunk), piece)
-    return list(found.values())
+    return saving.written_by(rank, pieces)
+
+
+def _printed(directory: Directory, tag: str) -> str:
+    """Return a place for errors, without what a URL has beside it."""
+    return f"{str(directory).partition('?')[0].rstrip('/')}/{tag}"
 
 
 def _write_files(
@@ -234,11 +259,12 @@ def _joined(folder: Folder, reports: Sequence[_Report], snapshot: Snapshot) -> S
 def _remove_leftovers(folder: Folder, keep: Collection[str]) -> None:
     """Remove what earlier saves under a tag left, and nothing of anybody else's; the new save is complete by now."""
     try:
-        names = [name for name in folder.files() if is_ours(name) and name not in keep]
+        names = folder.files()
     except CheckpointError as error:
         logger.warning("files of earlier saves cannot be looked for: %s: %s", folder, error.what)
         return
-    _remove(folder, names)
+    warn_of_deepspeed(folder, names)
+    _remove(folder, [name for name in names if is_ours(name) and name not in keep])
 
 
 def _is_named(folder: Folder, files: Collection[str]) -> bool:

@@ -73,3 +73,6 @@ class Stored:
     """JSON in the form of ``ds_core.interfaces.logical.Snapshot.state``, equal on all ranks."""
     rank_states: tuple[Mapping[str, Any], ...] = field(default=())
     """JSON of each rank; empty where the format keeps none."""
+
+    def __repr__(self) -> str:
+        return f"<Stored {self.format} {self.version} {str(self.folder)!r}, {len(self.tensors)} tensors>"

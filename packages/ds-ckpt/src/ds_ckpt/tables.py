@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -18,9 +19,20 @@ if TYPE_CHECKING:
     from ds_ckpt.stored import Stored
     from ds_ckpt.tags import Tag
 
-__all__ = ["difference_tables", "facts", "module_table", "one_line", "size_in_words", "summary", "tag_table"]
+__all__ = [
+    "difference_tables",
+    "facts",
+    "least_width",
+    "module_table",
+    "one_line",
+    "size_in_words",
+    "summary",
+    "tag_table",
+]
 
 _MOST_ROWS = 100
+_LEAST_WIDTH = 12
+"""Of a column whose text is folded."""
 _COLUMNS = {WEIGHT: "weights", MASTER: "masters", BUFFER: "buffers", GRADIENT: "gradients"}
 _OPTIMIZER = "optimizer"
 
@@ -39,18 +51,27 @@ def size_in_words(nbytes: int) -> str:
     return f"{nbytes} B" if unit == "B" else f"{amount:.1f} {unit}" if amount < 1000 else f"{amount:.0f} {unit}"
 
 
-def _short(number: int, step: int, units: str) -> str:
-    """Return a number in at most 6 characters.
+def _short(number: int) -> str:
+    """Return a number of elements in at most 6 characters, by thousands.
 
-    >>> _short(256, 1024, "KMGTP"), _short(64_000, 1024, "KMGTP"), _short(7_241_732_096, 1000, "KMBTQ")
-    ('256', '62.5K', '7.2B')
+    >>> _short(256), _short(64_000), _short(7_241_732_096)
+    ('256', '64.0K', '7.2B')
     """
     amount, unit = float(number), ""
-    for larger in units:
-        if amount < step:
+    for larger in "KMBTQ":
+        if amount < 1000:
             break
-        amount, unit = amount / step, larger
+        amount, unit = amount / 1000, larger
     return f"{amount:.1f}{unit}" if unit else str(number)
+
+
+def least_width(table: Table) -> int:
+    """Return how wide a table is at least; with less room, columns would be cut or left out."""
+    widths = []
+    for column in table.columns:
+        natural = max((cell_len(str(cell)) for cell in (column.header, *column.cells)), default=0)
+        widths.append(natural if column.no_wrap else min(natural, column.min_width or _LEAST_WIDTH))
+    return sum(widths) + 2 * (len(widths) - 1)
 
 
 def tag_table(tags: Sequence[Tag]) -> Table:
@@ -158,7 +179,7 @@ def _what_differs(tensor: TensorDifference) -> str:
         return "only in A" if b is None else "only in B"
     if a.shape != b.shape:
         return f"{list(a.shape)} and {list(b.shape)}"
-    count = f"{_short(tensor.count, 1000, 'KMBTQ')} of {_short(a.numel, 1000, 'KMBTQ')}" if tensor.count else "none"
+    count = f"{_short(tensor.count)} of {_short(a.numel)}" if tensor.count else "none"
     return count if a.dtype == b.dtype else f"{count}, {a.dtype} and {b.dtype}"
 
 
@@ -180,10 +201,10 @@ def _count(number: int, what: str) -> str:
 
 
 def _add(table: Table, name: str, row: Counter[str], kinds: Sequence[str]) -> None:
-    # Units of one letter: the names of modules need the room.
-    sizes = [_short(row[kind], 1024, "KMGTP") if row[kind] else "" for kind in kinds]
-    total = _short(sum(row[kind] for kind in kinds), 1024, "KMGTP")
-    table.add_row(Text(name), _short(row["elements"], 1000, "KMBTQ"), *sizes, total)
+    # Without a space: the names of modules need the room.
+    sizes = [size_in_words(row[kind]).replace(" ", "") if row[kind] else "" for kind in kinds]
+    total = size_in_words(sum(row[kind] for kind in kinds)).replace(" ", "")
+    table.add_row(Text(name), _short(row["elements"]), *sizes, total)
 
 
 def _by_module(stored: Stored) -> dict[str, Counter[str]]:
@@ -206,7 +227,7 @@ def _cut(name: str, depth: int) -> str:
 
 def _table(first: str, *others: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(first, overflow="fold", min_width=12)
+    table.add_column(first, overflow="fold", min_width=_LEAST_WIDTH)
     for name in others:
         is_text = name in ("format", "kind", "differing")
         table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ds_ckpt.checksums import Checksum, checksum
+from ds_ckpt.checksums import Checksum
 from ds_ckpt.ranges import label
 from ds_core.errors import CheckpointError
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ds_ckpt.stored import Stored, StoredFile
 
 __all__ = ["Damage", "find_damage"]
+
+_READ_BYTES = 2**25
+"""Of a damaged file at a time: a request to a store costs as much time as some megabytes."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,12 @@ def find_damage(stored: Stored, progress: Callable[[int], None]) -> Iterator[Dam
     for file in stored.files.values():
         try:
             found = _checksum_of(stored, file, progress)
+            # Its parts are read once more: the file may be gone, or another one, by then.
+            where = None if file.checksum in (None, found) else _place(stored, file)
         except CheckpointError as error:
-            yield Damage(file.name, error.what)
-            continue
-        except OSError as error:
-            yield Damage(file.name, f"cannot be read: {error.strerror}")
-            continue
-        if file.checksum is not None and found != file.checksum:
-            yield Damage(file.name, _place(stored, file))
+            where = error.what
+        if where is not None:
+            yield Damage(file.name, where)
 
 
 def _checksum_of(stored: Stored, file: StoredFile, progress: Callable[[int], None]) -> str:
@@ -72,5 +73,10 @@ def _place(stored: Stored, file: StoredFile) -> str:
 
 def _checksum_at(file: File, offset: int, nbytes: int) -> str | None:
     """Return the checksum of ``nbytes`` from ``offset``; None where the file ends before."""
-    data = bytearray(nbytes)
-    return checksum(data) if file.read_into(offset, memoryview(data)) else None
+    found, block = Checksum(), memoryview(bytearray(min(nbytes, _READ_BYTES)))
+    for at in range(0, nbytes, _READ_BYTES):
+        part = block[: min(_READ_BYTES, nbytes - at)]
+        if not file.read_into(offset + at, part):
+            return None
+        found.update(part)
+    return str(found)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ds_ckpt.ranges import Ranges
     from ds_ckpt.stored import Stored, StoredChunk, StoredTensor
 
-__all__ = ["Weight", "Weights", "read_array", "weights_of"]
+__all__ = ["Weight", "Weights", "read_array", "shared_names", "weights_of"]
 
 _BLOCK = 2**18
 """Elements that are cast at a time."""
@@ -66,18 +66,13 @@ def weights_of(stored: Stored, dtype: str | None, *, exclude_frozen: bool = Fals
 
     Args:
         stored: the checkpoint.
-        dtype: what floating ones are wanted as, from masters where there are any; None: as the model has them.
+        dtype: one of ``TARGETS``: what floating ones are wanted as, from masters where there are any; None: as the
+            model has them.
         exclude_frozen: leave out the weights that are not trained.
 
     Raises:
-        CheckpointError: an unknown dtype; or it is not known which weights are trained.
+        CheckpointError: it is not known which weights are trained.
     """
-    if dtype is not None and dtype not in TARGETS:
-        raise CheckpointError(
-            f"weights cannot be exported as {dtype!r}",
-            where="dtype",
-            fix=f"one of {', '.join(TARGETS)}, or None for what the model has",
-        )
     kinds = (WEIGHT, MASTER, BUFFER) if dtype is None else (MASTER, WEIGHT, BUFFER)
     frozen = _frozen(stored) if exclude_frozen else frozenset()
     found = {}
@@ -94,7 +89,7 @@ def weights_of(stored: Stored, dtype: str | None, *, exclude_frozen: bool = Fals
             len(missing),
             missing[0],
         )
-    shared = {alias: name for alias, name in _shared(stored).items() if name in found and alias not in found}
+    shared = {alias: name for alias, name in shared_names(stored).items() if name in found and alias not in found}
     return Weights(found, shared)
 
 
@@ -128,7 +123,8 @@ def _names(stored: Stored, key: str) -> list[str] | None:
     return value
 
 
-def _shared(stored: Stored) -> dict[str, str]:
+def shared_names(stored: Stored) -> dict[str, str]:
+    """Return alias -> the name its weight is stored under."""
     value: Any = stored.state.get("shared", {})
     if not isinstance(value, dict) or not all(isinstance(name, str) for item in value.items() for name in item):
         raise damaged(f"state.shared: expected alias -> name, found {short(value)}", stored.folder)

@@ -8,6 +8,7 @@ import torch
 
 from ds_ckpt.checksums import BLOCK_BYTES, Checksum, checksum
 from ds_ckpt.stored import StoredChunk, StoredFile
+from ds_core.checkpoint.files import bytes_of
 from ds_core.checkpoint.safetensors_format import Entry, header
 from ds_core.checkpoint.saving import chunk_key
 from ds_core.interfaces.logical import Box, Chunk
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ds_ckpt.storage import Folder
     from ds_core.interfaces.logical import Piece
 
-__all__ = ["bytes_of", "write_file"]
+__all__ = ["bytes_of_chunk", "write_file"]
 
 
 def write_file(
@@ -59,7 +60,7 @@ def write_file(
 
 def _write_part(part: Part, write: Callable[[memoryview], object], whole: Checksum) -> tuple[int, Checksum]:
     """Write one part and return its size and checksum; a copy that it needed is let go of."""
-    data, of_part = bytes_of(part.piece, part.chunk), Checksum()
+    data, of_part = bytes_of_chunk(part.piece, part.chunk), Checksum()
     for low in range(0, len(data), BLOCK_BYTES):
         block = data[low : low + BLOCK_BYTES]
         write(block)
@@ -74,7 +75,7 @@ def _entry(part: Part) -> Entry:
     return Entry(chunk_key(part.piece.of, part.chunk), part.piece.of.dtype, shape)
 
 
-def bytes_of(piece: Piece, chunk: Chunk) -> memoryview:
+def bytes_of_chunk(piece: Piece, chunk: Chunk) -> memoryview:
     """Return the elements of ``chunk``, an interval of the piece's, as bytes of the piece's logical dtype.
 
     A view of the piece where it lies in host memory like that, else a copy of these elements alone.
@@ -82,8 +83,7 @@ def bytes_of(piece: Piece, chunk: Chunk) -> memoryview:
     dtype: torch.dtype = getattr(torch, piece.of.dtype)
     if not chunk.length:
         return memoryview(b"")
-    flat = _elements(piece.data.detach(), piece.chunk, chunk).to("cpu", dtype).contiguous()
-    return flat.view(torch.uint8).numpy().data
+    return bytes_of(_elements(piece.data.detach(), piece.chunk, chunk).to("cpu", dtype))
 
 
 def _elements(data: Tensor, held: Chunk, wanted: Chunk) -> Tensor:

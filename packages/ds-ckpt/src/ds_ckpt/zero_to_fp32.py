@@ -3,10 +3,15 @@
 What is different from DeepSpeed's: frozen weights are there at every stage, and in fp32; stage 0, BF16_Optimizer and
 universal folders are read; nothing is unpickled; each file of a sharded output holds its own weights alone. Buffers of
 integers keep their dtype.
+
+``python -m ds_ckpt.zero_to_fp32`` takes the arguments of ``zero_to_fp32.py``, the script that DeepSpeed copies beside
+its checkpoints.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,9 +20,11 @@ from ds_ckpt.exporting import as_torch, export
 from ds_ckpt.ranges import Ranges
 from ds_ckpt.reader import open as open_checkpoint
 from ds_ckpt.weights import weights_of
-from ds_core.log import logger
+from ds_core.errors import DsError
+from ds_core.log import configure, logger
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from os import PathLike
 
     from torch import Tensor, nn
@@ -126,3 +133,40 @@ def load_state_dict_from_zero_checkpoint(
         if names:
             logger.warning("%d tensors, such as %r, are %s", len(names), names[0], what)
     return model
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run as the script; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ds_ckpt.zero_to_fp32",
+        description="Write the weights of a checkpoint of any format in fp32, as transformers loads them.",
+        epilog="`ds ckpt export` does the same without torch, in any dtype, and writes safetensors.",
+    )
+    parser.add_argument("checkpoint_dir", help="the folder with the tags, or the folder of a tag")
+    parser.add_argument("output_dir", help="folder to write to, made if missing")
+    parser.add_argument("--max_shard_size", default="5GB", help="of a file, such as 500MB; `none`: one file")
+    parser.add_argument("--safe_serialization", action="store_true", help="write safetensors, not pytorch_model.bin")
+    parser.add_argument("-t", "--tag", help="which checkpoint; default: what `latest` names")
+    parser.add_argument("--exclude_frozen_parameters", action="store_true", help="leave out what is not trained")
+    parser.add_argument("-d", "--debug", action="store_true", help="log more")
+    given = parser.parse_args(arguments)
+    configure("debug" if given.debug else None)
+    try:
+        done = export(
+            given.checkpoint_dir,
+            given.output_dir,
+            given.tag,
+            "float32",
+            None if given.max_shard_size.lower() == "none" else given.max_shard_size,
+            safe_serialization=given.safe_serialization,
+            exclude_frozen_parameters=given.exclude_frozen_parameters,
+        )
+    except DsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{done.tensors} tensors: {given.output_dir}: {', '.join(done.files)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ds_ckpt.formats.plain import read_plain
+from ds_ckpt.formats import read
 from ds_ckpt.sharded import ShardedCheckpoint
 from ds_core.checkpoint.plain import PlainCheckpoint
 from ds_core.errors import CheckpointError
@@ -66,7 +66,7 @@ def test_the_engine_of_this_package_reads_what_plain_wrote(folder, parts):
 
 
 def test_what_it_says(folder):
-    stored = read_plain(folder)
+    stored = read(folder)
     assert (stored.format, stored.version, stored.world_size) == ("ds-plain", "1", 1)
     assert stored.state == snapshot(1).state
     assert {tensor.of for tensor in stored.tensors.values()} == {piece.of for piece in snapshot(1).pieces}
@@ -100,13 +100,13 @@ def test_it_is_read_without_torch(folder):
 def test_a_hostile_manifest_is_refused(folder, change):
     change_manifest(folder, change)
     with pytest.raises(CheckpointError):
-        read_plain(folder)
+        read(folder)
 
 
 def test_a_later_version_says_what_to_upgrade(folder):
     change_manifest(folder, lambda m: m.update(version=2))
     with pytest.raises(CheckpointError, match="version 2") as caught:
-        read_plain(folder)
+        read(folder)
     assert "upgrade" in caught.value.fix
 
 
@@ -129,7 +129,7 @@ def test_a_later_version_says_what_to_upgrade(folder):
 def test_a_hostile_table_is_refused(folder, change):
     change_rows(folder, change)
     with pytest.raises(CheckpointError) as caught:
-        read_plain(folder)
+        read(folder)
     assert str(folder) in caught.value.where
 
 
@@ -143,7 +143,7 @@ def test_offsets_behind_the_end_and_shared_bytes_are_refused(folder):
 
     change_header(folder, far)
     with pytest.raises(CheckpointError, match="behind the end"):
-        read_plain(folder)
+        read(folder)
 
     def shared(header):
         same = [key for key in names[1:] if header[key]["shape"] == header[names[1]]["shape"]]
@@ -151,7 +151,7 @@ def test_offsets_behind_the_end_and_shared_bytes_are_refused(folder):
 
     change_header(folder, shared)
     with pytest.raises(CheckpointError):
-        read_plain(folder)
+        read(folder)
 
 
 @pytest.mark.parametrize("head", [(2**62).to_bytes(8, "little"), b"\xff" * 8, b"", b"\x05", bytes(8)])
@@ -160,7 +160,7 @@ def test_a_header_that_is_none_is_refused(folder, head):
     path.write_bytes(head + b"x" * 50 if len(head) == 8 else head)
     change_manifest(folder, lambda m: m["files"].update({path.name: path.stat().st_size}))
     with pytest.raises(CheckpointError) as caught:
-        read_plain(folder)
+        read(folder)
     assert path.name in caught.value.where
 
 
@@ -169,15 +169,15 @@ def test_missing_cut_and_linked_files_are_named(folder):
     data = path.read_bytes()
     path.write_bytes(data[:-1])
     with pytest.raises(CheckpointError, match=f"{len(data) - 1} bytes instead of {len(data)}"):
-        read_plain(folder)
+        read(folder)
     path.unlink()
     with pytest.raises(CheckpointError, match="missing") as caught:
-        read_plain(folder)
+        read(folder)
     assert path.name in caught.value.where
     (folder.parent / "moved").write_bytes(data)
     path.symlink_to(folder.parent / "moved")
     with pytest.raises(CheckpointError, match="link"):
-        read_plain(folder)
+        read(folder)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
@@ -190,7 +190,7 @@ def test_any_bytes_in_the_header_are_read_or_refused(folder, data):
     put = data.draw(st.binary(min_size=1, max_size=8))
     path.write_bytes((whole[:at] + put + whole[at + len(put) :])[: len(whole)])
     try:
-        stored = read_plain(folder)
+        stored = read(folder)
     except CheckpointError as error:
         message = str(error)
         assert len(message) < 2000

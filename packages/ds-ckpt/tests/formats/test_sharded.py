@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ds_ckpt import manifest
 from ds_ckpt.config import ShardedConfig
-from ds_ckpt.formats.sharded import read_sharded
+from ds_ckpt.formats import read
 from ds_ckpt.sharded import ShardedCheckpoint
 from ds_core.errors import CheckpointError
 from ds_core.testing.checkpoint import snapshot
@@ -51,7 +51,7 @@ def write(folder: Path, content: dict) -> None:
 
 def test_what_was_written_is_read(folder, original):
     write(folder, original)
-    stored = read_sharded(folder)
+    stored = read(folder)
     assert (stored.format, stored.version, stored.world_size) == ("ds-sharded", "1", 1)
     assert stored.state == snapshot(1).state
     assert stored.rank_states == ({"rank": 0, "version": 1},)
@@ -68,7 +68,7 @@ def test_what_was_written_is_read(folder, original):
 
 
 def test_encoding_what_was_read_gives_the_same_bytes(folder):
-    stored = read_sharded(folder)
+    stored = read(folder)
     assert manifest.encode(stored) == (folder / "checkpoint.json").read_bytes()
 
 
@@ -79,22 +79,23 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_reported(folder, original):
         for bit in (0, 5, 7):
             path.write_bytes(data[:at] + bytes([data[at] ^ (1 << bit)]) + data[at + 1 :])
             with pytest.raises(CheckpointError) as caught:
-                read_sharded(folder)
+                read(folder)
             assert "checkpoint.json" in str(caught.value.where)
 
 
 @pytest.mark.parametrize("damaged", [b"", b"\n", b"{}", b"null", b"[1]", b"\0" * 1000])
 def test_something_else_in_its_place_is_reported(folder, original, damaged):
     (folder / "checkpoint.json").write_bytes(damaged)
-    with pytest.raises(CheckpointError, match="damaged"):
-        read_sharded(folder)
+    with pytest.raises(CheckpointError, match=r"not JSON|not known|not a checkpoint's") as caught:
+        read(folder)
+    assert caught.value.where == str(folder / "checkpoint.json")
 
 
 def test_a_later_version_says_what_to_upgrade(folder, original):
     path = folder / "checkpoint.json"
     path.write_bytes(path.read_bytes().replace(b'"version": 1', b'"version": 2', 1))
     with pytest.raises(CheckpointError, match="version 2 of its format, known is 1") as caught:
-        read_sharded(folder)
+        read(folder)
     assert "upgrade ds-ckpt" in caught.value.fix
 
 
@@ -103,7 +104,7 @@ def test_the_error_names_another_checkpoint(folder, original):
     engine.save(folder.parent, "other", snapshot(2), latest=False)
     (folder / "checkpoint.json").write_bytes(b"{}")
     with pytest.raises(CheckpointError) as caught:
-        read_sharded(folder)
+        read(folder)
     assert "tag='other'" in caught.value.fix
 
 
@@ -166,7 +167,7 @@ def test_a_hostile_manifest_is_refused(folder, original, what):
     HOSTILE[what](original)
     write(folder, original)
     with pytest.raises(CheckpointError) as caught:
-        read_sharded(folder)
+        read(folder)
     assert str(folder) in caught.value.where
     assert len(str(caught.value)) < 1000
 
@@ -186,7 +187,7 @@ def test_the_field_is_named(folder, original, what, field):
     HOSTILE[what](original)
     write(folder, original)
     with pytest.raises(CheckpointError) as caught:
-        read_sharded(folder)
+        read(folder)
     assert caught.value.what.startswith(f"{field}:")
     assert caught.value.where.endswith("checkpoint.json")
 
@@ -198,7 +199,7 @@ def test_a_link_is_refused_even_to_the_right_content(folder, original):
     (folder / name).symlink_to(moved)
     try:
         with pytest.raises(CheckpointError, match="is a link") as caught:
-            read_sharded(folder)
+            read(folder)
         assert name in caught.value.where
     finally:
         (folder / name).unlink()
@@ -210,11 +211,11 @@ def test_deep_json_and_a_huge_manifest_are_refused(folder, original):
         body = b'"state": ' + deep + b"}\n"
         (folder / "checkpoint.json").write_bytes(manifest._head(body) + body)
         with pytest.raises(CheckpointError, match="nested too deeply"):
-            read_sharded(folder)
+            read(folder)
     with (folder / "checkpoint.json").open("r+b") as file:
         file.truncate(2**35)
     with pytest.raises(CheckpointError, match="at most"):
-        read_sharded(folder)
+        read(folder)
 
 
 JSON = st.recursive(
@@ -251,7 +252,7 @@ def test_any_value_anywhere_is_read_or_refused(folder, original, data):
         at[way[-1]] = data.draw(JSON)
     write(folder, content)
     try:
-        stored = read_sharded(folder)
+        stored = read(folder)
     except CheckpointError as error:
         message = str(error)
         assert len(message) < 2000

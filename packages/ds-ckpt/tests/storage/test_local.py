@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -114,3 +116,50 @@ def test_a_huge_file_is_not_read(folder):
         file.truncate(2**40)
     with pytest.raises(CheckpointError, match=str(2**40)):
         folder_at(folder).read("huge", 2**20)
+
+
+def test_a_file_is_what_is_no_folder(folder):
+    names = ("file", "link", "link_out", "folder_out", "gone", "pipe")
+    assert [name for name in names if not folder_at(folder).has(name)] == []
+    assert [name for name in ("sub", "missing", "file/x") if folder_at(folder).has(name)] == []
+    (folder / "itself").symlink_to("itself")
+    assert folder_at(folder).folders() == ["folder_out", "sub"]
+    assert "itself" in folder_at(folder).files()
+
+
+def test_links_and_the_folders_they_lead_to(folder):
+    place, outside = folder_at(folder), folder_at(folder.parent / "outside")
+    assert [name for name in ("sub", "folder_out", "gone", "missing") if (place / name).is_link()] == [
+        "folder_out",
+        "gone",
+    ]
+    assert (place / "folder_out").identity() == outside.identity() != (place / "sub").identity()
+    assert (place / "gone").identity() is (place / "missing").identity() is None
+
+
+def refuse_to_read() -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "ask"),
+    [
+        (os, "preadv", lambda file: file.read_into(0, memoryview(bytearray(3)))),
+        (os, "preadv", lambda file: list(file.blocks())),
+        (mmap, "mmap", lambda file: file.view(0, 3)),
+    ],
+    ids=["read_into", "blocks", "view"],
+)
+def test_a_file_that_cannot_be_read_is_named(folder, monkeypatch, module, name, ask):
+    file = folder_at(folder).open("file")
+    monkeypatch.setattr(module, name, lambda *args, **options: refuse_to_read())
+    with pytest.raises(CheckpointError, match="cannot be read: Input/output error") as caught:
+        ask(file)
+    assert caught.value.where == str(folder / "file")
+
+
+def test_a_file_cut_before_it_is_mapped(folder):
+    file = folder_at(folder).open("file")
+    os.truncate(folder / "file", 3)
+    with pytest.raises(CheckpointError, match="a file of the checkpoint cannot be read: mmap length"):
+        file.view(0, 7)

@@ -7,7 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import time
+from datetime import datetime, timedelta, timezone
 from functools import partial
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -27,7 +30,7 @@ from ds_ckpt.storage.remote import RemoteFolder
 from ds_ckpt.tags import find_tags, folder_of
 from ds_ckpt.verify import find_damage
 from ds_core.checkpoint.plain import PlainCheckpoint
-from ds_core.errors import CheckpointError
+from ds_core.errors import CheckpointError, NoCheckpointError
 from ds_core.interfaces.logical import Chunk, LogicalTensor, Piece, Snapshot
 from ds_core.testing.checkpoint import check_content, snapshot
 from ds_core.testing.ranks import run_ranks
@@ -415,9 +418,15 @@ def test_nothing_there_is_said():
         code, _, error = command(*arguments)
         assert code == 1
         assert "no such folder" in error.what
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(NoCheckpointError, match="does not exist"):
+        ENGINE.read_latest(URL)
+    put("torn/notes.txt", b"x")
+    with pytest.raises(NoCheckpointError, match="no file 'latest'"):
         ENGINE.read_latest(URL)
     save(1)
+    with pytest.raises(CheckpointError, match="this is the checkpoint 'tag' itself") as caught:
+        ENGINE.read_latest(f"{URL}/tag")
+    assert caught.value.fix == f"load_checkpoint({URL!r}, tag='tag')"
     with pytest.raises(CheckpointError, match="no checkpoint 'nowhere'") as caught:
         ENGINE.open(URL, "nowhere")
     assert "complete checkpoints there: tag" in caught.value.fix
@@ -461,6 +470,20 @@ def test_a_folder_is_listed_and_removed(store):
     assert list(store) == ["/bucket/run/latest"]
     assert not folder.is_there()
     assert (folder.files(), folder.folders(), folder.changed_ns()) == ([], [], None)
+
+
+def test_a_time_without_a_zone_is_not_that_of_this_machine(monkeypatch):
+    put("file", b"x")
+    times = []
+    for zone in (None, timezone.utc, timezone(timedelta(hours=9))):
+        there = datetime(2026, 1, 2, 3 + 9 * (zone not in (None, timezone.utc)), tzinfo=zone)
+        monkeypatch.setattr(MemoryFileSystem, "modified", lambda fs, path, there=there: there)
+        monkeypatch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        times.append(folder_at(URL).changed_ns("file"))
+    monkeypatch.undo()
+    time.tzset()
+    assert times == [1767322800 * 10**9] * 3
 
 
 def test_folders_of_a_store_that_has_such_are_made_and_removed(monkeypatch):
@@ -572,6 +595,10 @@ def test_a_file_url_is_a_folder_of_this_machine(tmp_path):
     check_content(ENGINE, tmp_path / "run", "tag", 1)
     assert ds_ckpt.open(url).path == tmp_path / "run" / "tag"
     assert command("verify", url)[0] == 0
+    assert folder_at("file:///data/my%20run%23") == LocalFolder(Path("/data/my run#"))
+    for hostile in ("file:///a/%2e%2e/b", "file:///a%2f%2e%2e/b", "file:///a%00"):
+        with pytest.raises(CheckpointError, match="cannot name a folder"):
+            folder_at(hostile)
 
 
 def test_neither_torch_nor_fsspec_is_loaded_before_it_is_needed(tmp_path):

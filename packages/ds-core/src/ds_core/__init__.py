@@ -16,6 +16,20 @@ from ds_core._packages import LATER, PACKAGE_OF_ATTRIBUTE
 
 __version__ = "0.1.0"
 
+_ERRORS = (
+    "CheckpointError",
+    "CommError",
+    "ConfigError",
+    "DataError",
+    "DsError",
+    "EngineError",
+    "LaunchError",
+    "LossScaleError",
+    "MissingPackageError",
+    "NoCheckpointError",
+    "NotBuiltError",
+    "PluginError",
+)
 _HERE = {
     "initialize": "ds_core.engine.initialize",
     "add_config_arguments": "ds_core.engine.initialize",
@@ -29,7 +43,7 @@ _HERE = {
     "RepeatingLoader": "ds_core.data",
     "logger": "ds_core.log",
     "log_dist": "ds_core.log",
-    "DsError": "ds_core.errors",
+    **dict.fromkeys(_ERRORS, "ds_core.errors"),
 }
 _MODULES = (
     "accelerator",

@@ -19,7 +19,6 @@ PACKAGE_OF_PLUGIN: dict[tuple[str, str], str] = {
     ("optimizer", "zerooneadam"): "ds-kernels",
     ("checkpoint", "sharded"): "ds-ckpt",
     ("checkpoint", "async"): "ds-ckpt",
-    ("checkpoint", "deepspeed"): "ds-ckpt",
     ("activation", "deepspeed"): "ds-activation",
     ("ops", "triton"): "ds-kernels",
     ("engine", "pipeline"): "ds-pipe",

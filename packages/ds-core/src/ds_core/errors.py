@@ -10,7 +10,7 @@ import difflib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 __all__ = [
     "CheckpointError",
@@ -22,8 +22,10 @@ __all__ = [
     "LaunchError",
     "LossScaleError",
     "MissingPackageError",
+    "NoCheckpointError",
     "NotBuiltError",
     "PluginError",
+    "few",
     "nearest",
 ]
 
@@ -94,6 +96,10 @@ class CheckpointError(DsError, RuntimeError):
     """A checkpoint cannot be written or read."""
 
 
+class NoCheckpointError(CheckpointError):
+    """No checkpoint is in a folder, or there is no such folder: a job that is to go on from one starts anew."""
+
+
 class LossScaleError(DsError, ArithmeticError):
     """Gradients overflow at the smallest loss scale allowed; lowering it further is not."""
 
@@ -104,6 +110,16 @@ class CommError(DsError, RuntimeError):
 
 class LaunchError(DsError, RuntimeError):
     """The ranks of a job cannot be started."""
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """Return names for a message, the first ones of many.
+
+    >>> few(["a", "b", "c"], most=2), few(["a"]), few([])
+    ("'a', 'b' and 1 more", "'a'", 'nothing')
+    """
+    shown = ", ".join(map(repr, names[:most])) or "nothing"
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ds_core.checkpoint.plain import PlainCheckpoint
 from ds_core.config import PositiveInt, Section
 from ds_core.errors import CheckpointError
 from ds_core.testing.checkpoint import CheckpointEngineContract, check_content, snapshot
+from ds_core.testing.ranks import run_ranks
 
 
 class TorchEngine(CheckpointEngine):
@@ -229,6 +232,14 @@ def test_a_view_does_not_bring_all_of_its_storage(tmp_path: Path, files: type[Ch
         ({"files": {"../../outside.pt": 1}}, "no file of a checkpoint"),
         ({"files": {"rank_00000-0123456789ab.pt/../x": 1}}, "no file of a checkpoint"),
         ({"ranks": [{}]}, "the manifest is damaged"),
+        ({"ranks": []}, "the manifest is damaged: 0 ranks"),
+        ({"world_size": 2}, "the manifest is damaged: 1 ranks"),
+        ({"world_size": "1"}, "the manifest is damaged"),
+        ({"state": None}, "a state is missing"),
+        *(
+            ({"ranks": [{"file": file, "rank_state": {}, "tensors": []}]}, "which is no file of it")
+            for file in ("../../outside.pt", "/etc/passwd", "rank_00001-0123456789ab.pt", "", "r", 5)
+        ),
         ({"ranks": None}, "the manifest is damaged"),
         ({"files": []}, "the manifest is damaged"),
     ],
@@ -252,6 +263,75 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes().ljust(size, b"\0"))
         with pytest.raises(CheckpointError, match=r"cannot read a file|has no tensor"):
             check_content(engine, tmp_path, "tag", 1)
+
+
+def given(version: int) -> Any:
+    import torch.distributed as dist
+
+    return snapshot(version, rank=dist.get_rank(), world_size=2, parts=2)
+
+
+def _close_waits_for_nobody(directory: str) -> None:
+    """Rank 0 comes to no collective of the closing rank; what was complete stays."""
+    import torch.distributed as dist
+
+    engine, folder = LateCheckpoint(None, dist.group.WORLD), Path(directory)
+    engine.save(folder, "first", given(1), latest=True)
+    engine.commit()
+    engine.save(folder, "second", given(2), latest=True)
+    if dist.get_rank() == 1:
+        with pytest.raises(CheckpointError, match="'second' was saved but never committed, and is discarded"):
+            engine.close()
+        engine.close()
+        assert engine._files.calls[-1] == "cleanup"
+    dist.barrier()
+    if dist.get_rank() == 0:
+        with pytest.raises(CheckpointError, match="never committed"):
+            engine.close()
+    dist.barrier()
+    assert (folder / "latest").read_text() == "first"
+    assert not list((folder / "second").iterdir())
+    check_content(LateCheckpoint(None, None), folder, "first", 1)
+
+
+def _engine() -> Any:
+    import ds_core
+
+    config = {"train_micro_batch_size_per_gpu": 1, "checkpoint": {"engine": "plain"}}
+    engine = ds_core.initialize(model=torch.nn.Linear(2, 2), config=config)[0]
+    engine.parts = replace(engine.parts, checkpoint=LateCheckpoint(None, engine.parts.group))
+    return engine
+
+
+def _an_orderly_end_commits(directory: str) -> None:
+    engine = _engine()
+    engine.save_checkpoint(directory, "orderly")
+    engine.destroy()
+    assert (Path(directory) / "latest").read_text() == "orderly"
+
+
+def _an_error_on_its_way_up_does_not(directory: str) -> None:
+    engine = _engine()
+    engine.save_checkpoint(directory, "never")
+
+    def end() -> None:
+        try:
+            raise ZeroDivisionError
+        finally:
+            engine.destroy()
+
+    with pytest.raises(CheckpointError, match="never committed") as caught:
+        end()
+    assert isinstance(caught.value.__context__, ZeroDivisionError)
+    assert not (Path(directory) / "latest").exists()
+
+
+def test_who_ends_early_waits_for_nobody(tmp_path: Path) -> None:
+    cases = (_close_waits_for_nobody, _an_orderly_end_commits, _an_error_on_its_way_up_does_not)
+    folders = {case: tmp_path / case.__name__ for case in cases}
+    for folder in folders.values():
+        folder.mkdir()
+    run_ranks([partial(case, str(folder)) for case, folder in folders.items()], 2, timeout_s=20)
 
 
 def test_the_info_is_deepspeeds() -> None:

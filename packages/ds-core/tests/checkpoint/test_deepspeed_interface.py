@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import inspect
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,6 @@ import ds_core
 from ds_core.checkpoint import deepspeed_interface
 from ds_core.checkpoint.deepspeed_interface import CheckpointCommitInfo, CheckpointEngine, TorchFiles
 from ds_core.errors import CheckpointError, EngineError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 INFO = CheckpointCommitInfo("tag", "runs", True)
 
@@ -138,3 +136,13 @@ def test_destroy_closes_and_lets_everything_go_also_where_that_fails(monkeypatch
     with pytest.raises(EngineError, match="destroyed"):
         engine.save_checkpoint("runs")
     engine.destroy()
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/x.pt", Path("s3://bucket/x.pt")])
+def test_files_are_on_this_machine(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    files = TorchFiles(lambda: None)
+    for act in (partial(files.save, {}), files.load, files.makedirs):
+        with pytest.raises(CheckpointError, match=r"no URL such as s3://|lost one of its slashes"):
+            act(place)
+    assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import stat
 from pathlib import Path
 
 import numpy
@@ -14,9 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ds_core.checkpoint.atomic import replace_text, sync_folder
+from ds_core.checkpoint import safetensors_format
+from ds_core.checkpoint.atomic import NotDurableError, make_durable, replace_text, sync_folder
 from ds_core.checkpoint.files import write_safetensors
 from ds_core.checkpoint.safetensors_format import ITEM_BYTES, WORDS
+from ds_core.checkpoint.saving import together
 from ds_core.errors import CheckpointError
 
 
@@ -198,6 +201,45 @@ def test_a_tensor_that_cannot_be_copied_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@KINDS
+def test_a_folder_that_cannot_be_synced_is_told_as_what_it_is(kind, tmp_path, monkeypatch):
+    write_old(tmp_path, kind)
+    before = (tmp_path / "file").read_bytes()
+    fsync = os.fsync
+
+    def fails_for_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails_for_folders)
+    with pytest.raises(NotDurableError, match="Input/output error") as caught:
+        write_new(tmp_path, kind, 10)
+    assert caught.value.filename == str(tmp_path)
+    assert (tmp_path / "file").read_bytes() != before, "it is in place"
+    with pytest.raises(CheckpointError, match="in place, but a power failure may undo it: Input/output error") as told:
+        together(lambda: write_new(tmp_path, kind, 12), tmp_path, None)
+    assert told.value.fix == "check the disk and save again"
+
+
+def test_a_file_that_cannot_be_removed_does_not_hide_what_went_wrong(tmp_path, monkeypatch):
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    monkeypatch.setattr(Path, "unlink", fails)
+    with pytest.raises(OSError, match="No space left"):
+        replace_text(tmp_path / "file", "new")
+
+
+def test_a_header_that_readers_refuse_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors_format, "MAX_HEADER_BYTES", 200)
+    write_safetensors(tmp_path / "a", [("w" * 20, torch.ones(2))], {})
+    with pytest.raises(CheckpointError, match="need a header of"):
+        write_safetensors(tmp_path / "b", [("w" * 200, torch.ones(2))], {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 # -- SIGKILL ----------------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +336,33 @@ def test_the_content_is_synced_before_the_rename_and_the_folder_after(tmp_path, 
     calls.clear()
     write_safetensors(tmp_path / "x", [("w", torch.ones(2))], {})
     assert calls == ["sync x.tmp", "rename x.tmp", f"sync {tmp_path.name}"]
+
+
+def test_every_folder_that_is_made_is_synced(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: PTH115
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    make_durable(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+    assert synced == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
+    synced.clear()
+    make_durable(tmp_path / "a" / "b")
+    assert synced == []
+    make_durable(tmp_path / "a" / "d")
+    assert synced == [str(tmp_path / "a")]
+    monkeypatch.chdir(tmp_path)
+    synced.clear()
+    make_durable(Path("e/f"))
+    assert synced == [str(tmp_path), str(tmp_path / "e")]
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/folder"):
+        with pytest.raises((FileExistsError, NotADirectoryError)):
+            make_durable(tmp_path / place)
 
 
 def test_a_file_left_by_a_crash_is_overwritten(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 
 from ds_core.checkpoint import flight as module
 from ds_core.checkpoint.flight import Flight
+from ds_core.comm import groups as comm_groups
 from ds_core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -96,6 +97,51 @@ def test_saves_into_one_directory_follow_each_other(tmp_path: Path) -> None:
         flight.wait()
         assert flight.failure is None
     assert seen == ["other", "first", "second"]
+
+
+def no_thread(*args: object) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_thread_that_cannot_start_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    flight = flight_of(lambda count: seen.append("never"), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(CheckpointError, match="cannot be started: can't start new thread") as caught:
+            flight.start()
+    assert caught.value.where == "checkpoint 'tag' in runs"
+    assert flight not in comm_groups._unfinished
+    assert not module._lanes
+    flight.cancel()
+    after = flight_of(lambda count: seen.append("after"), tmp_path)
+    after.start()
+    after.wait()
+    assert seen == ["after"], "it waits for none that never ran"
+
+
+def test_a_watch_that_cannot_start_does_not_stop_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    start = threading.Thread.start
+    monkeypatch.setattr(
+        threading.Thread, "start", lambda thread: no_thread() if "watch" in thread.name else start(thread)
+    )
+    flight = Flight(
+        lambda count: seen.append("saved"), directory="runs", label="checkpoint", total_bytes=8, speaks=True
+    )
+    flight.start()
+    flight.wait()
+    assert (flight.failure, seen) == (None, ["saved"])
+
+
+def test_a_cancelled_one_does_nothing(tmp_path: Path) -> None:
+    seen: list[str] = []
+    flight = flight_of(lambda count: seen.append("never"), tmp_path)
+    flight.prepare()
+    assert not module._lanes
+    flight.cancel()
+    flight.wait()
+    assert (flight.failure, seen, module._untold) == (None, [], [])
 
 
 def test_a_fork_does_not_say_that_it_is_saved() -> None:

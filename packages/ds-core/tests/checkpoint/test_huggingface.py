@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from ds_core.checkpoint.huggingface import STAGING, Layout, natural, parse_size, plan_layout, write_layout
+from ds_core.checkpoint.huggingface import STAGING, Layout, natural, parse_dtype, parse_size, plan_layout, write_layout
 from ds_core.checkpoint.safetensors_format import Entry, write_stream
 from ds_core.errors import CheckpointError
 
@@ -49,6 +51,31 @@ def names(folder: Path) -> list[str]:
 )
 def test_sizes_are_decimal(size, nbytes):
     assert parse_size(size) == nbytes
+
+
+@pytest.mark.parametrize("size", [None, "none", "None", "NONE"])
+def test_no_limit(size):
+    assert parse_size(size) is None
+
+
+@pytest.mark.parametrize(
+    ("given_dtype", "word"),
+    [
+        *((each, each) for each in ("float32", "bfloat16", "float16")),
+        *(("fp32", "float32"), ("BF16", "bfloat16"), ("fp16", "float16"), ("half", "float16")),
+        *((torch.bfloat16, "bfloat16"), (torch.float32, "float32"), ("torch.float16", "float16")),
+        *((None, None), ("none", None), ("None", None), ("Stored", None)),
+    ],
+)
+def test_words_of_dtypes(given_dtype, word):
+    assert parse_dtype(given_dtype) == word
+
+
+@pytest.mark.parametrize("given_dtype", ["", "int8", "float8", 5, torch.int32, "float64"])
+def test_dtypes_that_are_none(given_dtype):
+    with pytest.raises(CheckpointError, match="weights cannot be exported as") as caught:
+        parse_dtype(given_dtype)
+    assert caught.value.fix == "one of float32, bfloat16, float16, or None for what the model has"
 
 
 @pytest.mark.parametrize("size", ["", "GB", "5 XB", "-5GB", "0", 0, -1, "5GiB", True, 1.5j])
@@ -190,3 +217,19 @@ def test_it_loads_no_torch():
         "ds_core.checkpoint.safetensors_format"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_what_cannot_be_cleared_away_does_not_hide_what_went_wrong(tmp_path, monkeypatch):
+    def cannot(*_: object, **options: object) -> None:
+        if not options.get("ignore_errors"):
+            raise PermissionError(13, "Permission denied")
+
+    def write_file(path: Path, name: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "rmtree", cannot)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        write_layout(tmp_path / "out", plan({"a": 4}), write_file)
+    shown = tmp_path / "shown"
+    write(shown, plan({"a": 4}))
+    assert names(shown) == [STAGING, "model.safetensors"], "all is in place; the next export clears it away"

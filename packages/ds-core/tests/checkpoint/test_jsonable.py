@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import datetime
 import enum
 import json
 import math
+import pathlib
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 
 import numpy
@@ -14,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_core.checkpoint import jsonable
-from ds_core.checkpoint.jsonable import decode, encode, leaves
+from ds_core.checkpoint.jsonable import decode, encode, encode_mapping, leaves
 from ds_core.errors import CheckpointError
 
 
@@ -279,3 +283,61 @@ def test_leaves_of_what_is_deeper_than_python_calls() -> None:
         value = [value]
     [(path, leaf)] = leaves(value)
     assert (len(path), leaf) == (30_000, 5)
+
+
+@pytest.mark.parametrize(
+    "value", [torch.float16, torch.bfloat16, torch.bool, torch.device("cpu"), torch.device("cuda", 1)], ids=str
+)
+def test_torchs_own_words_come_back(value):
+    assert same(round_trip({"kept": [value]}), {"kept": [value]})
+    assert len(list(leaves(encode({"kept": value}, "value")))) == 1
+
+
+def test_a_size_becomes_a_tuple():
+    assert same(round_trip(torch.Size([2, 3])), (2, 3))
+
+
+@pytest.mark.parametrize("stored", [("dtype", "load"), ("dtype", "float7"), ("dtype", 3), ("device", "x:y")])
+def test_words_that_this_torch_has_not_are_refused(stored):
+    tag, value = stored
+    with pytest.raises(CheckpointError, match=f"knows no {tag}"):
+        decode({"$ds": tag, "value": value})
+
+
+@dataclasses.dataclass
+class Settings:
+    rate: float
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        (argparse.Namespace(rate=1), "vars(value)"),
+        (pathlib.Path("a"), "str(value)"),
+        (numpy.zeros(2), "torch.from_numpy(value)"),
+        (numpy.dtype("f4"), "str(value)"),
+        (datetime.datetime(2020, 1, 1), "value.isoformat()"),
+        (datetime.timedelta(1), "value.total_seconds()"),
+        ({1, 2}, "sorted(value)"),
+        (b"x", "value.hex()"),
+        (1j, "(value.real, value.imag)"),
+        (Pair(1, 2), "value._asdict()"),
+        (Settings(1.0), "dataclasses.asdict(value)"),
+        (torch.nn.Linear(1, 1), "value.state_dict()"),
+        (object(), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_refusal_says_what_to_store_instead(value, hint):
+    with pytest.raises(CheckpointError) as caught:
+        encode(value, "client_state")
+    fix = caught.value.fix
+    assert "numbers, text, lists, tuples, dictionaries and tensors" in fix
+    assert fix.startswith(f"store {hint}") if hint else not fix.startswith("store")
+
+
+@pytest.mark.parametrize("value", [[1], "text", 0, None])
+def test_what_must_be_a_dictionary_is_one(value):
+    with pytest.raises(CheckpointError, match=f"client_state is a {type(value).__name__}, not a dictionary"):
+        encode_mapping(value, "client_state")
+    assert encode_mapping(OrderedDict(a=1), "client_state") == {"a": 1}

@@ -6,10 +6,21 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from ds_core.checkpoint.saving import agree_on_id, chunk_key, file_name, place_in, remove_leftovers, together
+from ds_core.checkpoint.saving import (
+    agree_on_id,
+    chunk_key,
+    file_name,
+    gather,
+    is_ours,
+    place_in,
+    remove_leftovers,
+    together,
+    written_by,
+)
 from ds_core.errors import CheckpointError
-from ds_core.interfaces.logical import Box, Chunk, LogicalTensor
+from ds_core.interfaces.logical import Box, Chunk, LogicalTensor, Piece
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path):
@@ -20,6 +31,39 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("")
     remove_leftovers(tmp_path, keep=[names[1]])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([names[1], *others])
+
+
+def test_files_of_deepspeed_stay_and_are_told(tmp_path, caplog):
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt", "notes.txt"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path, keep=[])
+    assert len(list(tmp_path.iterdir())) == 3
+    (record,) = caplog.records
+    assert "2 files that DeepSpeed wrote are left beside" in record.getMessage()
+    assert "'mp_rank_00_model_states.pt'" in record.getMessage()
+
+
+def test_a_name_that_leads_into_a_folder_is_not_ours():
+    name = file_name(0, "0" * 12, suffix="pt")
+    assert is_ours(name)
+    assert is_ours(f"{name}.metadata")
+    assert not is_ours(f"{name}/../../outside")
+
+
+def test_each_chunk_is_written_once_by_its_writer():
+    of, none = LogicalTensor("w", "weight", (4,), "float32"), LogicalTensor("e", "weight", (0, 3), "float32")
+    box = Chunk.whole((4,)).box
+    first, second, empty = Chunk(box, 0, 2), Chunk(box, 2, 2), Chunk(box, 4, 0)
+    pieces = [Piece(of, chunk, torch.zeros(chunk.length), writer) for chunk, writer in ((first, 0), (second, 1))]
+    pieces += [Piece(of, empty, torch.zeros(0), 0), Piece(none, Chunk.whole((0, 3)), torch.zeros(0, 3), 0)]
+    assert [piece.chunk for piece in written_by(1, pieces)] == [second]
+    twice = written_by(0, [*pieces, *pieces])
+    assert [(piece.of, piece.chunk) for piece in twice] == [(of, first), (none, Chunk.whole((0, 3)))]
+    assert twice[0] is pieces[0]
+
+
+def test_one_process_gathers_from_itself():
+    assert gather({"rank": 0}, None) == [{"rank": 0}]
 
 
 def test_every_save_has_an_id_of_its_own():

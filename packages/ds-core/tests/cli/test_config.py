@@ -164,6 +164,7 @@ def test_check_as_json(tmp_path: Path) -> None:
         "warnings": [],
         "deprecated": [{"path": "bfloat16", "text": 'write "bf16"', "line": 3, "column": 3}],
         "hints": [],
+        "notes": [],
     }
     assert missing["problems"][0]["text"].startswith("file not found")
     assert missing.keys() == bad.keys()
@@ -256,3 +257,72 @@ def test_it_works_without_torch(command: str, site: Any) -> None:
     done = site.ds("config", command, str(GOLDEN / "broken.json"), "--world", "4")
     assert (done.returncode, done.stderr) == (1, "")
     assert "zero_optimisation" in done.stdout
+
+
+@pytest.fixture
+def engines(site: Any) -> Any:
+    """A package of engines: one needs torch to be imported, the others do not, one of which cannot be imported."""
+    section = "from ds_core.config import PositiveInt, Section\nclass Options(Section):\n    threads: PositiveInt = 1\n"
+    engine = "class Engine:\n    Config = Options\n"
+    site.module("light", section + engine)
+    site.module("heavy", f"try:\n    import torch\nexcept ImportError:\n    pass\n{section}{engine}")
+    site.module("broken", "import no_such_module")
+    entries = {"light_one": "light:Engine", "heavy_one": "heavy:Engine", "broken_one": "broken:Engine"}
+    site.distribution("ds-engines", entries, seam="checkpoint")
+    return site
+
+
+def checked(site: Any, **section: Any) -> list[str]:
+    path = site.folder / "ds.json"
+    path.write_text(json.dumps({"checkpoint": section}))
+    lines = site.ds("config", "check", str(path)).stdout.splitlines()
+    return [line.replace(f"{path}", "ds.json") for line in lines]
+
+
+OK = "ds.json: ok: ZeRO stage 0, fp32, no optimizer"
+
+
+def test_check_holds_options_against_the_class_of_the_chosen_plugin(engines: Any) -> None:
+    assert checked(engines, engine="light_one", light_one={"threads": 2}) == [OK]
+    assert checked(engines, engine="light_one", light_one={"treads": 2}) == [
+        "ds.json:1:54: checkpoint.light_one.treads: unknown key (its value is 2)",
+        '  fix: did you mean "threads"?',
+    ]
+
+
+def test_check_says_so_where_options_stay_unchecked(engines: Any) -> None:
+    assert checked(engines, engine="heavy_one") == [OK]
+    ok, note = checked(engines, engine="heavy_one", heavy_one={"treads": 2})
+    needs = "asking ds-engines about them needs torch; initialize checks them"
+    assert (ok, note) == (OK, f"  note: checkpoint.heavy_one: unchecked: {needs}")
+    ok, note = checked(engines, engine="elsewhere", elsewhere={"treads": 2})
+    needs = 'initialize needs a package that brings the checkpoint "elsewhere", and none is installed here'
+    assert (ok, note) == (
+        OK,
+        f"  note: checkpoint.engine: {needs}; the options in checkpoint.elsewhere are unchecked",
+    )
+
+
+def test_check_names_a_plugin_that_cannot_be_imported(engines: Any) -> None:
+    first, fix = checked(engines, engine="broken_one", broken_one={"treads": 2})
+    assert first.startswith("ds.json:1:17: checkpoint.engine: the plugin cannot be imported: No module named")
+    assert "reinstall ds-engines" in fix
+
+
+def test_explain_tells_problems_and_gaps_of_options_too(engines: Any) -> None:
+    path = engines.folder / "ds.json"
+    for name, words in (("light_one", "did you mean"), ("heavy_one", "checkpoint.heavy_one: unchecked")):
+        path.write_text(json.dumps({"checkpoint": {"engine": name, name: {"treads": 2}}}))
+        assert words in engines.ds("config", "explain", str(path)).stdout
+
+
+@pytest.mark.usefixtures("installed")
+def test_check_names_the_package_that_is_not_installed_here(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"checkpoint": {"writer": {"decoupled": true}, "sharded": {"keep_last": 2}}}')
+    result = ds_config("check", str(path))
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[1:] == [
+        "  note: checkpoint.writer.decoupled: initialize needs ds-ckpt, which is not installed: pip install ds-ckpt",
+        '  note: checkpoint.sharded: not read: "async" is in force, and its options are those in "checkpoint.async"',
+    ]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from ds_core import comm
-from ds_core.comm import broadcast_tensors, raise_together, same_on_all_ranks
+from ds_core.comm import all_or_none, broadcast_tensors, raise_together, same_on_all_ranks, values_of_ranks
 from ds_core.comm.together import BROADCAST_BYTES
 from ds_core.errors import CheckpointError, CommError, DsError
-from ds_core.testing.ranks import run_ranks
+from ds_core.testing.ranks import expect_rank_errors, run_ranks
 
 WORLD_SIZE = 3
 
@@ -40,6 +42,28 @@ def ranks_1_and_2_fail() -> object:
 
 def rank_2_fails_with_an_error_of_pythons() -> object:
     return told(ZeroDivisionError("division by zero") if comm.get_rank() == 2 else None)
+
+
+def fail_on_rank_1() -> int:
+    if comm.get_rank() == 1:
+        raise CheckpointError("no space")
+    return comm.get_rank()
+
+
+def all_or_none_of_them() -> tuple[int, str, list[int]]:
+    world = torch.distributed.group.WORLD
+    with pytest.raises(CheckpointError) as caught:
+        all_or_none(fail_on_rank_1, world)
+    return all_or_none(comm.get_rank, world), caught.value.what, values_of_ranks(comm.get_rank(), world)
+
+
+def die_on_rank_1() -> None:
+    """Rank 1 dies; the others are told in our words, or of their own failure."""
+    world = torch.distributed.group.WORLD
+    if comm.get_rank() == 1:
+        os._exit(3)
+    own = CheckpointError("mine") if comm.get_rank() == 2 else None
+    raise_together(own, world)
 
 
 class UnpicklableError(Exception):
@@ -127,6 +151,7 @@ FUNCTIONS = (
     ranks_1_and_2_fail,
     rank_2_fails_with_an_error_of_pythons,
     rank_0_fails_with_what_cannot_travel,
+    all_or_none_of_them,
     compare,
     broadcast,
     few_messages,
@@ -164,6 +189,22 @@ def test_an_error_that_is_none_of_ours_travels_as_text(results):
     assert results["rank_0_fails_with_what_cannot_travel"] == [("UnpicklableError", "odd"), other, other]
 
 
+def test_work_of_all_ranks_is_done_or_fails_on_all(results):
+    others = "rank 1 failed: no space"
+    assert results["all_or_none_of_them"] == [
+        (0, others, [0, 1, 2]),
+        (1, "no space", [0, 1, 2]),
+        (2, others, [0, 1, 2]),
+    ]
+
+
+def test_a_rank_that_is_gone_is_told():
+    errors = expect_rank_errors(die_on_rank_1, WORLD_SIZE, timeout_s=20)
+    assert errors[0].startswith("CommError: the ranks cannot reach each other, one of them is gone: ")
+    assert errors[1] == "ExitCode: 3"
+    assert errors[2] == "CheckpointError: mine"
+
+
 def test_ranks_whose_value_differs_are_named_with_it(results):
     for of_rank in results["compare"]:
         assert of_rank == [{}, {1: 1, 2: 2}, {1: {"a": True}}, {2: None}]
@@ -184,4 +225,5 @@ def test_one_process_alone_needs_no_group():
         raise_together(error, None)
     assert caught.value is error
     assert same_on_all_ranks(object(), None) == {}
+    assert (values_of_ranks(3, None), all_or_none(lambda: 4, None)) == ([3], 4)
     assert issubclass(CommError, DsError)

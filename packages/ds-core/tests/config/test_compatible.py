@@ -39,6 +39,27 @@ def test_the_rest_of_the_section_holds():
     assert load_config({**BATCH, "fp16": {"enabld": True, "hysteresis": 3}}, compatible=True).fp16.hysteresis == 3
 
 
+@pytest.mark.parametrize(
+    ("given", "in_force"),
+    [
+        ({"engine": "async", "sharded": {"writers": 2}}, "async"),
+        ({"writer": {"decoupled": True}, "sharded": {"a": 1}}, "async"),
+    ],
+)
+def test_one_warning_for_options_that_nobody_reads(caplog, given, in_force):
+    with caplog.at_level("WARNING", logger="ds_core"):
+        load_config({"train_batch_size": 1, "checkpoint": given})
+    assert [record.message for record in caplog.records] == [
+        f'checkpoint.sharded: not read: "{in_force}" is in force, and its options are those in "checkpoint.{in_force}"'
+    ]
+
+
+def test_no_warning_for_options_that_are_read_or_empty(caplog):
+    with caplog.at_level("WARNING", logger="ds_core"):
+        load_config({"train_batch_size": 1, "checkpoint": {"engine": "async", "async": {"writers": 2}, "sharded": {}}})
+    assert caplog.records == []
+
+
 def test_one_warning_per_key(caplog):
     with caplog.at_level("WARNING", logger="ds_core"):
         config = load_config({**BATCH, "zork": 1, "fp16": {"enabeld": True}}, compatible=True)

@@ -11,7 +11,7 @@ from ds_core.config.sections.profiling import FlopsProfilerSection, ThroughputTi
 
 BATCH = {"train_batch_size": 4}
 SHARED = "ranks always share out what several of them hold"
-BY_ENGINE = "how files are written is up to the engine, see checkpoint.sharded for its options"
+BY_ENGINE = "how files are written is up to the engine, whose options are in checkpoint.sharded or checkpoint.async"
 OPTIMIZER = {"type": "AdamW", "params": {"lr": 0.1}}
 
 
@@ -70,7 +70,7 @@ OPTIMIZER = {"type": "AdamW", "params": {"lr": 0.1}}
             {
                 "checkpoint.writer.type": BY_ENGINE,
                 "checkpoint.writer.io_multiplier": (
-                    "every rank writes its part, in as many threads as checkpoint.sharded.writers says"
+                    "every rank writes its part, in as many threads as writers in the section of the engine says"
                 ),
             },
         ),

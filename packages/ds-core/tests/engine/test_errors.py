@@ -335,16 +335,13 @@ def load_other_model(folder: Path) -> None:
 def test_loading_what_is_not_there_is_told_on_every_rank(tmp_path):
     run_ranks([partial(save_good, tmp_path / "good")], 2)
     good = tmp_path / "good"
-    (tmp_path / "empty").mkdir()
     (good / "half").mkdir()
     cases = [
-        (tmp_path / "nowhere", None, "does not exist"),
-        (tmp_path / "empty", None, "there is no file 'latest'"),
         (good, "global_step9", "there is no checkpoint 'global_step9'"),
         (good, "half", "checkpoint 'half' is not complete: it has no checkpoint.json"),
         (good, "latest", "tag 'latest' cannot name a checkpoint"),
     ]
-    for folder, tag, text in cases[2:4]:
+    for folder, tag, text in cases[:2]:
         errors = expect_rank_errors(partial(load_bad, folder, tag), 2)
         assert sorted(errors) == [0, 1]
         assert all(text in error for error in errors.values())
@@ -365,7 +362,7 @@ def test_loading_what_is_not_there_is_told_on_every_rank(tmp_path):
     assert engine.global_steps == 1
     other = start(model=torch.nn.Linear(3, 1))
     before = other.module.weight.clone()
-    with pytest.raises(CheckpointError, match="group 0 of the optimizer differs"):
+    with pytest.raises(CheckpointError, match="model and checkpoint differ: only in the model"):
         other.load_checkpoint(good, tag="global_step1")
     with pytest.raises(CheckpointError, match="model and checkpoint differ: only in the model"):
         other.load_checkpoint(good, tag="global_step1", load_optimizer_states=False)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, load_model
 
 import ds_core
-from ds_core.errors import CheckpointError
+from ds_core.errors import CheckpointError, CommError
 from ds_core.interfaces.logical import MASTER, WEIGHT, Chunk, Piece
 from ds_core.partition.replicated import ReplicatedPartition
 from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 from ds_core.testing.ranks import run_ranks
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CONFIG: dict[str, Any] = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}
 
@@ -97,6 +95,8 @@ def test_dtypes_and_shards(tmp_path):
         found,
         {n: v.bfloat16() if v.is_floating_point() else v for n, v in expected_of(engine).items()},
     )
+    engine.export_weights(tmp_path / "words", dtype="BF16", max_shard_size="none")
+    same(load_file(tmp_path / "words" / "model.safetensors"), found)
     with pytest.raises(CheckpointError, match="cannot be exported as 'int8'"):
         engine.export_weights(tmp_path, dtype="int8")
     with pytest.raises(CheckpointError, match="the size of a shard is 'huge'"):
@@ -157,6 +157,17 @@ def test_save_16bit_model_as_safetensors(tmp_path, caplog):
         assert engine.save_16bit_model(tmp_path, "mine.safetensors")
     same(load_file(tmp_path / "mine.safetensors"), expected_of(engine))
     assert "extra state of modules is not in a safetensors file" in caplog.text
+
+
+def test_weights_that_transformers_would_rather_load_are_told(tmp_path, caplog):
+    engine = start()
+    engine.save_16bit_model(tmp_path)
+    engine.save_16bit_model(tmp_path, "model.safetensors")
+    assert caplog.text == ""
+    engine.save_16bit_model(tmp_path)
+    (record,) = caplog.records
+    assert "transformers will load 'model.safetensors'" in record.getMessage()
+    assert "not 'pytorch_model.bin', which was just written" in record.getMessage()
 
 
 def test_complex_weights_are_for_bin_files(tmp_path):
@@ -257,6 +268,61 @@ def other_arguments(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="ranks pass different arguments: rank 1"):
         start().export_weights(folder, dtype="float32" if dist.get_rank() else None)
     assert not folder.exists()
+
+
+def arguments_that_one_rank_cannot_use(folder: Path) -> list[str]:
+    """Those of rank 1; all are told at once."""
+    engine, rank = start(), dist.get_rank()
+    found = []
+    for act, options in (
+        (engine.export_weights, {"dtype": "int8"}),
+        (engine.export_weights, {"max_shard_size": "huge"}),
+        (engine.export_weights, {"save_dir": "s3://bucket/out"}),
+        (engine.save_16bit_model, {"save_dir": 5}),
+        (engine.save_16bit_model, {"save_filename": 5}),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            act(**{"save_dir": folder, **(options if rank else {})})
+        found.append(caught.value.what.removeprefix("rank 1 failed: "))
+    pieces = engine.parts.partition.pieces
+
+    def broken() -> list[Piece]:
+        if rank:
+            raise ZeroDivisionError("no pieces")
+        return pieces()
+
+    engine.parts.partition.pieces = broken
+    with pytest.raises(ZeroDivisionError if rank else CommError, match="no pieces"):
+        engine.export_weights(folder)
+    assert not folder.exists()
+    return found
+
+
+def test_what_one_rank_cannot_use_is_told_to_all(tmp_path):
+    [(first, second)] = run_ranks([partial(arguments_that_one_rank_cannot_use, tmp_path / "out")], 2, timeout_s=20)
+    assert first == second
+    for said, expected in zip(
+        first,
+        (
+            "exported as 'int8'",
+            "the size of a shard is 'huge'",
+            "no URL such as s3://",
+            "5 is no path",
+            "5 cannot name",
+        ),
+        strict=True,
+    ):
+        assert expected in said
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/out", Path("s3://bucket/out"), ""])
+def test_exports_go_to_paths_of_this_machine(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    engine = start()
+    for act in (engine.export_weights, engine.save_16bit_model):
+        with pytest.raises(CheckpointError, match=r"no URL such as s3://|lost one of its slashes|no path was given"):
+            act(place)
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_no_rank_has_whole(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ds_core.engine import gathering as gathering_module
 from ds_core.engine.gathering import Gathering, on_rank_0
 from ds_core.errors import CheckpointError, DsError
 from ds_core.interfaces.logical import BUFFER, MASTER, WEIGHT, Box, Chunk, LogicalTensor, Piece
 from ds_core.testing.memory import LiveStorage
-from ds_core.testing.ranks import run_ranks
+from ds_core.testing.ranks import expect_rank_errors, run_ranks
 
 
 def values(name: str, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -165,6 +167,58 @@ def failures_reach_all() -> None:
         gather(lost)
 
 
+def _break(patch: pytest.MonkeyPatch, name: str, when: Any) -> None:
+    """Make ``torch.name`` run out of memory for what ``when`` is true of its arguments."""
+    original = getattr(torch, name)
+
+    def full(*args: Any, **options: Any) -> Any:
+        if when(*args, **options):
+            raise torch.OutOfMemoryError(f"no memory for {name}")
+        return original(*args, **options)
+
+    patch.setattr(torch, name, full)
+
+
+def memory_ends_between_announcing_and_sending() -> None:
+    """On either side, in the midst of an export; the buffer is smaller than a chunk."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    flat, columns = of("flat", WEIGHT, 50), of("columns", WEIGHT, 6, 7)
+    pieces = [p for p in flat_pieces(*flat, world_size) + column_pieces(*columns, world_size) if p.writer == rank]
+    broken = [Piece(p.of, p.chunk, BrokenData(), rank) if rank == 1 else p for p in pieces]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gathering_module, "BLOCK_BYTES", 16)
+        gathering = gather(broken)
+        _break(patch, "zeros", lambda *shape, dtype, **rest: rank == 1 and dtype == torch.uint8)
+        with pytest.raises(RuntimeError if rank == 1 else DsError, match="no memory on the device"):
+            collect_all(gathering)
+    for shape in ((50,), (6, 7), 18):  # a whole tensor, and the chunk of a box
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gathering_module, "BLOCK_BYTES", 16)
+            gathering = gather(pieces)
+            _break(patch, "empty", lambda wanted, shape=shape, **rest: rank == 0 and wanted == shape)
+            with pytest.raises(RuntimeError if rank == 0 else DsError, match="no memory for empty"):
+                collect_all(gathering)
+    with pytest.MonkeyPatch.context() as patch:
+        _break(patch, "zeros", lambda *shape, dtype, **rest: rank == 1 and dtype == torch.uint8)
+        with pytest.raises(RuntimeError if rank == 1 else DsError, match="no memory for zeros"):
+            gather(pieces)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gathering_module, "BLOCK_BYTES", 16)
+        found = collect_all(gather(pieces))
+    for tensor, full in (flat, columns) if rank == 0 else ():
+        assert torch.equal(found[tensor.name], full)
+
+
+def rank_1_dies_while_sending() -> None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    tensors = [of(f"w{number}", WEIGHT, 50) for number in range(3)]
+    gathering = gather([p for t, full in tensors for p in flat_pieces(t, full, world_size) if p.writer == rank])
+    if rank == 1:
+        gathering.collect("w0")
+        os._exit(3)
+    collect_all(gathering)
+
+
 def rank_0_holds_one_tensor() -> tuple[int, int]:
     """Return the peak of live storage on rank 0 while it takes tensors and drops them, and the size of one."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -190,7 +244,14 @@ def test_every_cut_dtype_and_kind(world_size):
 
 
 def test_failures_and_memory_on_two_ranks():
-    results = run_ranks([*CASES, failures_reach_all, rank_0_holds_one_tensor], 2, timeout_s=30)
+    cases = [*CASES, failures_reach_all, memory_ends_between_announcing_and_sending, rank_0_holds_one_tensor]
+    results = run_ranks(cases, 2, timeout_s=30)
     for peak, size in results[-1]:
         # The tensor, and this rank's own half in the new dtype; the other half is received into its place.
         assert size // 2 <= peak <= 1.5 * size + 4096
+
+
+def test_a_rank_that_dies_while_it_sends_is_told():
+    errors = expect_rank_errors(rank_1_dies_while_sending, 2, timeout_s=20)
+    assert errors[1] == "ExitCode: 3"
+    assert errors[0].startswith("CommError: the weights cannot be gathered, a rank is gone")

@@ -53,7 +53,14 @@ def break_on_rank_1(folder: Path, when: str) -> None:
 @pytest.mark.parametrize(
     ("when", "own", "told"),
     [
-        ("save", "RuntimeError: its file is locked", "rank 1 failed: RuntimeError: its file is locked"),
+        (
+            "save",
+            (
+                "CheckpointError: the checkpoint cannot be written: RuntimeError: its file is locked\n"
+                "  where: save_checkpoint"
+            ),
+            "CheckpointError: rank 1 failed: the checkpoint cannot be written: RuntimeError: its file is locked",
+        ),
         ("load", "ZeroDivisionError: calls per second", "rank 1 failed: ZeroDivisionError: calls per second"),
     ],
 )
@@ -76,6 +83,129 @@ def tags_differ(folder: Path) -> tuple[dict, list[str]]:
     logging.getLogger("ds_core").removeHandler(handler)
     engine.load_checkpoint(folder)
     return engine.module.loaded, warnings
+
+
+def refused(act, *arguments, **options) -> tuple[str, str]:
+    """Return what is wrong, and where, as ``act`` says."""
+    with pytest.raises(CheckpointError) as caught:
+        act(*arguments, **options)
+    return caught.value.what, caught.value.where
+
+
+def ranks_ask_for_other_things(folder: Path) -> list[tuple[str, str]]:
+    rank = comm.get_rank()
+    engine = start()
+    for tag in ("first", "second"):
+        engine.save_checkpoint(folder, tag)
+    torch.nn.init.zeros_(engine.module.weight)
+    found = [
+        refused(engine.load_checkpoint, folder, ("first", "second")[rank]),
+        refused(engine.load_checkpoint, folder, (None, "second")[rank]),
+        refused(engine.load_checkpoint, folder / ("", "..")[rank], "first"),
+        refused(engine.load_checkpoint, folder, load_module_only=rank == 1),
+        refused(engine.load_checkpoint, folder, ("first", "../first")[rank]),
+        refused(engine.load_checkpoint, (folder, Path("s3://bucket"))[rank], "first"),
+        refused(engine.save_checkpoint, folder, exclude_frozen_parameters=rank == 1),
+    ]
+    assert not engine.module.weight.any(), "nothing may have changed"
+    engine.load_checkpoint(folder, "first")
+    assert engine.module.weight.any(), "and the ranks are in step"
+    return found
+
+
+def ranks_find_other_things(folder: Path) -> list[tuple[str, str]]:
+    rank = comm.get_rank()
+    engine = start()
+    checkpoint = engine.parts.checkpoint
+    engine.save_checkpoint(folder, "first")
+    engine.save_checkpoint(folder, "second")
+    path, _ = engine.load_checkpoint(folder)
+    read = type(checkpoint).read_latest
+    type(checkpoint).read_latest = lambda self, directory: "first" if rank else read(self, directory)
+    assert engine.load_checkpoint(folder)[0] == path, "rank 0's counts"
+    before = engine.module.weight.detach().clone()
+    torch.nn.init.zeros_(engine.module.weight)
+    find = type(checkpoint).open
+
+    def find_another(self, directory, tag):
+        """Do as if somebody saved between the two ranks."""
+        return find(self, directory, "first" if rank else tag)
+
+    type(checkpoint).open = find_another
+    found = [refused(engine.load_checkpoint, folder, "second")]
+    assert not engine.module.weight.any(), "nothing may have changed"
+    type(checkpoint).open, type(checkpoint).read_latest = find, read
+    engine.load_checkpoint(folder)
+    assert torch.equal(engine.module.weight, before)
+    return found
+
+
+def test_ranks_load_one_checkpoint_or_none(tmp_path):
+    asked, found = run_ranks(
+        [
+            partial(ranks_ask_for_other_things, tmp_path / "asked"),
+            partial(ranks_find_other_things, tmp_path / "found"),
+        ],
+        2,
+        timeout_s=20,
+    )
+    for ours in asked:
+        assert [what.removeprefix("rank 1 failed: ") for what, _ in ours] == [
+            "ranks load with different tag: rank 1 'second', rank 0 'first'",
+            "ranks load with different tag: rank 1 'second', rank 0 None",
+            (
+                f"ranks load with different load_dir: rank 1 {str(tmp_path / 'asked' / '..')!r}, "
+                f"rank 0 {str(tmp_path / 'asked')!r}"
+            ),
+            "ranks load with different load_optimizer_states: rank 1 False, rank 0 True",
+            "tag '../first' cannot name a checkpoint",
+            "the path 's3:/bucket' was made of a URL, and lost one of its slashes",
+            "ranks pass different exclude_frozen_parameters: rank 1 True, rank 0 False",
+        ]
+    assert found[0] == found[1]
+    assert found[0][0][0] == "rank 1 found another checkpoint than rank 0 under the tag 'second'"
+
+
+def client_states_differ(folder: Path) -> tuple[list[str], object]:
+    rank = comm.get_rank()
+    engine = start()
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda entry: warnings.append(entry.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ds_core").addHandler(handler)
+    engine.save_checkpoint(folder, client_state={"epoch": 1} if rank == 0 else None)
+    engine.save_checkpoint(folder, client_state={"epoch": 1})
+    assert warnings == []
+    for _ in range(2):
+        engine.save_checkpoint(folder, client_state={"epoch": rank})
+    logging.getLogger("ds_core").removeHandler(handler)
+    return warnings, engine.load_checkpoint(folder)[1]
+
+
+def test_a_client_state_that_differs_is_warned_of_once(tmp_path):
+    [(first, second)] = run_ranks([partial(client_states_differ, tmp_path)], 2, timeout_s=20)
+    assert first == (["the client_state of rank 1 differs from rank 0's: only rank 0's is saved"], {"epoch": 0})
+    assert second == ([], {"epoch": 0})
+
+
+@pytest.mark.parametrize("key", ["loss_scale", "plan", "precision", "global_steps", "excluded", "client_state"])
+def test_a_state_without_what_every_engine_saves_is_refused(key, tmp_path):
+    engine = start()
+    engine.save_checkpoint(tmp_path, "ours")
+    manifest = tmp_path / "ours" / "checkpoint.json"
+    content = json.loads(manifest.read_text())
+    content["state"][key] = [[]]
+    if key != "excluded":
+        manifest.write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=rf"the state of the checkpoint has '\[\[\]\]' as '{key}'"):
+            engine.load_checkpoint(tmp_path)
+    del content["state"][key]
+    manifest.write_text(json.dumps(content))
+    torch.nn.init.zeros_(engine.module.weight)
+    with pytest.raises(CheckpointError, match=f"the state of the checkpoint has no '{key}'") as caught:
+        engine.load_checkpoint(tmp_path)
+    assert caught.value.where == str(tmp_path / "ours")
+    assert not engine.module.weight.any(), "nothing may have changed"
 
 
 def test_tags_that_differ_become_rank_0s_with_one_warning(tmp_path):

@@ -216,7 +216,7 @@ def test_groups_of_other_parameters_are_refused():
     moved = [{**saved[0], "names": ["matrix"]}, {**saved[1], "names": ["row", *saved[1]["names"]]}]
     with pytest.raises(CheckpointError) as caught:
         check_groups(optimizer, pieces, moved)
-    assert caught.value.what == "group 0 of the optimizer differs: only in the checkpoint [], only here ['row']"
+    assert caught.value.what == "group 0 of the optimizer differs: only in the checkpoint nothing, only here 'row'"
     assert "load_optimizer_states=False" in caught.value.fix
 
 
@@ -257,3 +257,46 @@ def test_a_group_added_behind_the_engines_back_is_named():
     optimizer.add_param_group({"params": [torch.zeros(2, requires_grad=True)]})
     with pytest.raises(CheckpointError, match="group 2 of the optimizer holds a tensor"):
         group_state(optimizer, pieces)
+
+
+def load_saved_by(
+    saved_by: str | None, optimizer: torch.optim.Optimizer, pieces: list[Piece], folder: Path, state: dict
+) -> None:
+    with PlainCheckpoint(None, None).open(folder, "tag") as reader:
+        reader.read(pieces)
+        restore_optimizer(optimizer, pieces, reader, state["groups"], state["values"], saved_by)
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize("steps_here", [0, 2])
+def test_what_another_optimizer_kept_is_left_out(steps_here, tmp_path, caplog):
+    original = build("fused AdamW")
+    run(*original, range(2))
+    state = save(*original, tmp_path)
+    resumed = build("SGD", lr=3.0)
+    run(*resumed, range(steps_here))
+    options = set(resumed[0].param_groups[0])
+    load_saved_by("AdamW", *resumed, tmp_path, state)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "optimizer is AdamW, this job's is SGD: its state (exp_avg, exp_avg_sq, step)" in caplog.text
+    assert "options amsgrad, betas, decoupled_weight_decay, eps; SGD starts anew" in caplog.text
+    assert len(resumed[0].state) == 0
+    assert [set(group) for group in resumed[0].param_groups] == [options, options]
+    assert [group["lr"] for group in resumed[0].param_groups] == [0.001, 0.02], "what both have is the checkpoint's"
+    run(*resumed, range(2, 3))
+    assert {piece.of.kind for piece in slot_pieces(*resumed)} == {"momentum_buffer"}
+
+
+@pytest.mark.parametrize("saved_by", ["AdamW", "Adam", "FasterAdamW", None])
+def test_the_state_of_the_same_kind_of_optimizer_is_kept(saved_by, tmp_path, caplog):
+    original = build("fused AdamW")
+    run(*original, range(2))
+    state = save(*original, tmp_path)
+    resumed = build("fused AdamW")
+    load_saved_by(saved_by, *resumed, tmp_path, state)
+    assert differing(original, resumed) == []
+    told = f"the checkpoint's optimizer is {saved_by}, this job's is AdamW: its state is loaded"
+    assert warnings_of(caplog) == ([] if saved_by in ("AdamW", None) else [told])

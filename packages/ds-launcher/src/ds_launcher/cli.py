@@ -18,7 +18,8 @@ from ds_launcher.spec import GRACE_S
 
 __all__ = ["app"]
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+# No markup: the tables of rich cut the names of options at 80 columns.
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command(

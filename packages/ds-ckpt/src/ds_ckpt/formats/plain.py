@@ -4,58 +4,46 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ds_ckpt.checks import ITEM_BYTES, MAX_JSON_BYTES, Field, check_chunks, damaged, parse_json
-from ds_ckpt.storage import folder_at
+from ds_ckpt.checks import ITEM_BYTES, Field, check_chunks, damaged, parse_json
 from ds_ckpt.stored import Stored, StoredChunk, StoredFile, StoredTensor
-from ds_core.checkpoint.folder import MANIFEST
-from ds_core.checkpoint.safetensors_format import WORDS
+from ds_core.checkpoint.folder import MANIFEST, PLAIN_FORMAT, PLAIN_VERSION
+from ds_core.checkpoint.safetensors_format import MAX_HEADER_BYTES, WORDS
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import LogicalTensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from ds_ckpt.storage import Folder
     from ds_ckpt.stored import Key
 
-__all__ = ["is_plain", "read_manifest", "read_plain"]
+__all__ = ["is_plain", "read_manifest"]
 
-FORMAT = "ds-plain"
-FORMAT_VERSION = 1
-_MAX_HEADER_BYTES = 10**8
-"""The limit of safetensors itself."""
 _DTYPES = {word: dtype for dtype, word in WORDS.items()}
 """Word of the safetensors format -> torch's."""
 
 
-def read_plain(folder: Folder | Path) -> Stored:
-    """Return what the checkpoint in ``folder`` holds. It has sizes, and no checksums.
+def is_plain(manifest: Any) -> bool:
+    """Return whether a parsed manifest is of this format."""
+    return isinstance(manifest, dict) and manifest.get("format") == PLAIN_FORMAT
+
+
+def read_manifest(manifest: Any, folder: Folder) -> Stored:
+    """Return what the checkpoint in ``folder`` with a parsed manifest holds. It has sizes, and no checksums.
 
     Raises:
         CheckpointError: the manifest or a header is damaged or says what cannot be; a file is missing or cut short.
     """
-    place = folder_at(folder)
-    return read_manifest(parse_json(place.read(MANIFEST, MAX_JSON_BYTES), place, MANIFEST), place)
-
-
-def is_plain(manifest: Any) -> bool:
-    """Return whether a parsed manifest is of this format."""
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
-
-
-def read_manifest(manifest: Any, folder: Folder) -> Stored:
-    """:func:`read_plain` of a manifest that was parsed already."""
     top = Field(manifest, "", folder, MANIFEST)
     version = top["version"].whole()
-    if version > FORMAT_VERSION:
+    if version > PLAIN_VERSION:
         raise CheckpointError(
-            f"this checkpoint has version {version} of its format, known is {FORMAT_VERSION}",
+            f"this checkpoint has version {version} of its format, known is {PLAIN_VERSION}",
             where=f"{folder}/{MANIFEST}",
             fix="pip install --upgrade ds-core ds-ckpt",
         )
-    if not is_plain(manifest) or version != FORMAT_VERSION:
-        raise top.wrong(f"version {FORMAT_VERSION} of {FORMAT}")
+    if not is_plain(manifest) or version != PLAIN_VERSION:
+        raise top.wrong(f"version {PLAIN_VERSION} of {PLAIN_FORMAT}")
     world_size = top["world_size"].whole(1, 2**24)
     files = {name: StoredFile(name, field.whole(), None) for name, field in top["files"].items()}
     found: dict[Key, tuple[LogicalTensor, list[StoredChunk]]] = {}
@@ -65,7 +53,7 @@ def read_manifest(manifest: Any, folder: Folder) -> Stored:
     tensors = {key: StoredTensor(of, tuple(chunks)) for key, (of, chunks) in found.items()}
     check_chunks(tensors.values(), {name: file.nbytes for name, file in files.items()}, folder, None)
     state = top["state"].object()
-    return Stored(folder, FORMAT, str(version), world_size, tensors, files, state, rank_states)
+    return Stored(folder, PLAIN_FORMAT, str(version), world_size, tensors, files, state, rank_states)
 
 
 def _read_file(
@@ -76,7 +64,7 @@ def _read_file(
     metadata = header["__metadata__"]
     tables = {
         key: Field(
-            parse_json(metadata[key].text(_MAX_HEADER_BYTES).encode(), folder, file.name, key),
+            parse_json(metadata[key].text(MAX_HEADER_BYTES).encode(), folder, file.name, key),
             key,
             folder,
             file.name,
@@ -100,7 +88,7 @@ def _read_header(file: StoredFile, folder: Folder) -> tuple[Field, int]:
     start = bytearray(8)
     opened.read_into(0, memoryview(start))
     nbytes = int.from_bytes(start, "little")
-    if nbytes > min(file.nbytes - 8, _MAX_HEADER_BYTES):
+    if nbytes > min(file.nbytes - 8, MAX_HEADER_BYTES):
         raise damaged(f"a header of {nbytes} bytes in a file of {file.nbytes}", folder, file.name)
     data = bytearray(nbytes)
     opened.read_into(8, memoryview(data))

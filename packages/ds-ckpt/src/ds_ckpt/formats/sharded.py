@@ -4,28 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ds_ckpt.checks import MAX_JSON_BYTES, damaged
+from ds_ckpt.checks import damaged
 from ds_ckpt.manifest import FORMAT, decode
-from ds_ckpt.storage import folder_at
-from ds_core.checkpoint.folder import MANIFEST
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ds_ckpt.storage import Folder
     from ds_ckpt.stored import Stored
 
-__all__ = ["is_sharded", "read_manifest", "read_sharded"]
-
-
-def read_sharded(folder: Folder | Path) -> Stored:
-    """Return what the checkpoint in ``folder`` holds.
-
-    Raises:
-        CheckpointError: the manifest is damaged or says what cannot be, a file is missing, a link, or of another size.
-    """
-    place = folder_at(folder)
-    return read_manifest(place.read(MANIFEST, MAX_JSON_BYTES), place)
+__all__ = ["is_sharded", "read_manifest"]
 
 
 def is_sharded(data: bytes) -> bool:
@@ -34,7 +20,11 @@ def is_sharded(data: bytes) -> bool:
 
 
 def read_manifest(data: bytes, folder: Folder) -> Stored:
-    """:func:`read_sharded` of a manifest that was read already."""
+    """Return what the checkpoint in ``folder`` with the manifest ``data`` holds.
+
+    Raises:
+        CheckpointError: the manifest is damaged or says what cannot be, a file is missing, a link, or of another size.
+    """
     stored = decode(data, folder)
     sizes = folder.sizes(list(stored.files))
     for name, file in stored.files.items():

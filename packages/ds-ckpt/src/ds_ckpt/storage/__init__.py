@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
     from os import PathLike
     from pathlib import Path
@@ -73,8 +73,19 @@ class Folder(ABC):
         """Return whether there is such a folder. A store may have none without files in it."""
 
     @abstractmethod
+    def is_link(self) -> bool:
+        """Return whether its name is that of a link, which may lead anywhere."""
+
+    @abstractmethod
+    def identity(self) -> Hashable | None:
+        """Return what every name that leads to this folder has in common, and no other folder has.
+
+        None where it has to be there to be known, and is not.
+        """
+
+    @abstractmethod
     def has(self, name: str) -> bool:
-        """Return whether it has a file ``name``, be it a link that leads nowhere."""
+        """Return whether it has a file ``name``, be it a link that leads nowhere; a folder of that name is none."""
 
     @abstractmethod
     def files(self) -> list[str]:
@@ -82,7 +93,7 @@ class Folder(ABC):
 
     @abstractmethod
     def folders(self) -> list[str]:
-        """Return the names of the folders directly in it, sorted; none where it is not there."""
+        """Return the names of the folders and links to folders in it, sorted; none where it is not there."""
 
     @abstractmethod
     def changed_ns(self, name: str | None = None) -> int | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ds_ckpt.checks import check_name, damaged
 from ds_ckpt.checksums import BLOCK_BYTES
 from ds_ckpt.storage import File, Folder
-from ds_core.checkpoint.atomic import sync_folder, written_beside
+from ds_core.checkpoint.atomic import make_durable, sync_folder, written_beside
 from ds_core.checkpoint.folder import complete_tags, read_latest
 from ds_core.errors import CheckpointError
 
@@ -65,13 +65,14 @@ class _LocalFile(File):
     is_mapped = True
 
     def __init__(self, folder: Path, name: str) -> None:
+        self._folder, self._name = folder, name
         self._mapped: mmap.mmap | None = None
         self._descriptor = open_inside(folder, name)
         self.nbytes = os.fstat(self._descriptor).st_size
 
     def read_into(self, offset: int, target: memoryview) -> bool:
         while target:
-            count = os.preadv(self._descriptor, [target], offset)
+            count = self._read(target, offset)
             if not count:
                 return False
             offset, target = offset + count, target[count:]
@@ -79,15 +80,29 @@ class _LocalFile(File):
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         if self._mapped is None:
-            # Private to this process: torch warns of memory that it may not write to.
-            self._mapped = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY)
+            try:
+                # Private to this process: torch warns of memory that it may not write to.
+                self._mapped = mmap.mmap(self._descriptor, self.nbytes, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError) as error:
+                raise self._unreadable(error) from error
         return memoryview(self._mapped)[offset : offset + nbytes]
 
     def blocks(self) -> Iterator[memoryview]:
         buffer, at = memoryview(bytearray(BLOCK_BYTES)), 0
-        while count := os.preadv(self._descriptor, [buffer], at):
+        while count := self._read(buffer, at):
             at += count
             yield buffer[:count]
+
+    def _read(self, target: memoryview, offset: int) -> int:
+        try:
+            return os.preadv(self._descriptor, [target], offset)
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError | ValueError) -> CheckpointError:
+        # A ValueError: it is shorter than it was.
+        why = error.strerror if isinstance(error, OSError) else error
+        return damaged(f"a file of the checkpoint cannot be read: {why}", self._folder, self._name)
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
@@ -117,14 +132,31 @@ class LocalFolder(Folder):
     def is_there(self) -> bool:
         return self.path.is_dir()
 
+    def is_link(self) -> bool:
+        return self.path.is_symlink()
+
+    def identity(self) -> tuple[int, int] | None:
+        try:
+            found = self.path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise _no_access(self.path, error) from error
+        return found.st_dev, found.st_ino
+
     def has(self, name: str) -> bool:
-        return self.changed_ns(name) is not None
+        try:
+            return not stat.S_ISDIR((self.path / name).lstat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise _no_access(self.path / name, error) from error
 
     def files(self) -> list[str]:
         return sorted(entry.name for entry in self._entries() if not entry.is_dir(follow_symlinks=False))
 
     def folders(self) -> list[str]:
-        return sorted(entry.name for entry in self._entries() if entry.is_dir())
+        return sorted(entry.name for entry in self._entries() if _is_folder(entry))
 
     def changed_ns(self, name: str | None = None) -> int | None:
         path = self.path if name is None else self.path / name
@@ -136,7 +168,10 @@ class LocalFolder(Folder):
             raise _no_access(path, error) from error
 
     def complete_tags(self) -> list[str]:
-        return complete_tags(self.path)
+        try:
+            return complete_tags(self.path)
+        except OSError as error:
+            raise _no_access(self.path, error) from error
 
     def read_latest(self) -> str:
         return read_latest(self.path)
@@ -163,7 +198,7 @@ class LocalFolder(Folder):
         return found
 
     def make(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_durable(self.path)
 
     @contextmanager
     def create(self, name: str) -> Iterator[Callable[[memoryview], object]]:
@@ -205,6 +240,13 @@ class LocalFolder(Folder):
             return []
         except OSError as error:
             raise _no_access(self.path, error) from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # a link that leads to itself, or to where we may not look
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:

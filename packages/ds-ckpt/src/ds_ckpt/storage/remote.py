@@ -13,12 +13,14 @@ import errno
 import os
 import re
 from contextlib import contextmanager
+from datetime import timezone
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from ds_ckpt.checks import check_name, damaged, short
 from ds_ckpt.storage import File, Folder
-from ds_core.checkpoint.folder import LATEST, MANIFEST, check_tag
-from ds_core.errors import CheckpointError
+from ds_core.checkpoint.folder import LATEST, MANIFEST, check_tag, is_a_tag
+from ds_core.errors import CheckpointError, NoCheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,6 +65,13 @@ class RemoteFolder(Folder):
     def is_there(self) -> bool:
         return bool(self._entries()) or (self._info() or {}).get("type") == "directory"
 
+    def is_link(self) -> bool:
+        """No: what a store has of links is not among its folders."""
+        return False
+
+    def identity(self) -> str:
+        return self._root
+
     def has(self, name: str) -> bool:
         found = self._info(name)
         return found is not None and found["type"] != "directory"
@@ -80,9 +89,12 @@ class RemoteFolder(Folder):
             return max(times, default=None)
         with self._asked("tell when a file was written", name):
             try:
-                return int(self._fs.modified(self._at(name)).timestamp() * 1e9)
+                modified = self._fs.modified(self._at(name))
             except (FileNotFoundError, NotImplementedError):
                 return None
+            # Without a zone it is what the store says, and no store knows the zone of this machine.
+            zoned = modified if modified.tzinfo is not None else modified.replace(tzinfo=timezone.utc)
+            return int(zoned.timestamp() * 1e9)
 
     def complete_tags(self) -> list[str]:
         complete = [name for name in self.folders() if (self / name).has(MANIFEST)]
@@ -91,13 +103,16 @@ class RemoteFolder(Folder):
     def read_latest(self) -> str:
         if not self.has(LATEST):
             if not self.is_there():
-                raise CheckpointError(
+                raise NoCheckpointError(
                     f"the checkpoint folder {self._url!r} does not exist",
                     where="load_checkpoint",
                     fix="check the URL; save_checkpoint creates it",
                 )
+            if self.has(MANIFEST):
+                parent, _, tag = self._url.rstrip("/").rpartition("/")
+                raise is_a_tag(self._url, parent, tag)
             found = self.complete_tags()
-            raise CheckpointError(
+            raise (CheckpointError if found else NoCheckpointError)(
                 "there is no file 'latest' that names the checkpoint to load",
                 where=self._url,
                 fix=f"pass tag=, one of {', '.join(found)}" if found else "check the URL: no checkpoint is in it",
@@ -299,18 +314,21 @@ def folder_at_url(url: str) -> Folder:
             fix="give it to fsspec in its configuration files or environment variables",
         )
     rest = rest.rstrip("/")
-    if not rest or any(part in ("", ".", "..") for part in rest.removeprefix("/").split("/")):
+    is_local = scheme in ("file", "local")
+    # A store's names are as they are written.
+    path = unquote(rest) if is_local else rest
+    if not rest or any(part in ("", ".", "..") for part in path.removeprefix("/").split("/")):
         raise _bad_url(url, "it has no folder, or a part of it is empty, '.' or '..'")
-    if re.search(r"[\0\\?#]", rest):
+    if re.search(r"[\0\\?#]", rest) or "\0" in path:
         raise _bad_url(url, "it has a letter that stores read as more than one")
-    if scheme in ("file", "local"):
+    if is_local:
         from pathlib import Path
 
         from ds_ckpt.storage.local import LocalFolder
 
         if not rest.startswith("/"):
             raise _bad_url(url, "its path is not absolute: a third slash is missing")
-        return LocalFolder(Path(rest))
+        return LocalFolder(Path(path))
     fs, root = _connect(f"{scheme}://{rest}", scheme.rpartition(":")[2])
     return RemoteFolder(fs, root.rstrip("/"), f"{scheme}://{rest}")
 

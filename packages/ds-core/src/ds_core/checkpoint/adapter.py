@@ -25,10 +25,21 @@ import torch
 from ds_core.checkpoint.atomic import replace_text, sync_folder
 from ds_core.checkpoint.deepspeed_interface import CheckpointCommitInfo
 from ds_core.checkpoint.folder import MANIFEST, complete_tags, read_latest, write_latest
-from ds_core.checkpoint.pieces import Filling, describe, from_row, written_by
-from ds_core.checkpoint.saving import agree_on_id, file_name, is_ours, place_in, remove_leftovers, together
+from ds_core.checkpoint.lost import telling_of_lost_ranks
+from ds_core.checkpoint.pieces import Filling, check_once, describe, from_row
+from ds_core.checkpoint.saving import (
+    agree_on_id,
+    chunk_key,
+    file_name,
+    gather,
+    is_ours,
+    place_in,
+    remove_leftovers,
+    together,
+    written_by,
+)
 from ds_core.errors import CheckpointError
-from ds_core.interfaces.checkpoint import CheckpointEngine, CheckpointReader
+from ds_core.interfaces.checkpoint import CheckpointEngine, CheckpointReader, digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -70,6 +81,7 @@ class AdaptedCheckpoint(CheckpointEngine):
 
     files: ClassVar[type[FileEngine]]
     """The engine's class. It gets the options ``checkpoint.<name>`` as a dict, or None where ``Config`` is None."""
+    completes_at_commit = True
 
     def __init__(self, options: Section | None, group: ProcessGroup | None) -> None:
         super().__init__(options, group)
@@ -79,6 +91,10 @@ class AdaptedCheckpoint(CheckpointEngine):
 
     def save(self, directory: Directory, tag: str, snapshot: Snapshot, *, latest: bool) -> None:
         self.commit()
+        with telling_of_lost_ranks(Path(directory) / tag):
+            self._save(directory, tag, snapshot, latest)
+
+    def _save(self, directory: Directory, tag: str, snapshot: Snapshot, latest: bool) -> None:
         rank, _ = place_in(self.group)
         name = file_name(rank, agree_on_id(self.group), suffix="pt")
         info = CheckpointCommitInfo(tag, str(directory), latest)
@@ -103,19 +119,34 @@ class AdaptedCheckpoint(CheckpointEngine):
     def commit(self) -> None:
         begun, self._begun = self._begun, None
         if begun is not None:
-            self._finish(begun)
+            with telling_of_lost_ranks(begun.folder):
+                self._finish(begun)
 
     def close(self) -> None:
+        """End the engine. A save that was not committed is completed by one process alone, else discarded and told."""
+        discarded: _Begun | None = None
         try:
-            self.commit()
+            if place_in(self.group)[1] == 1:
+                self.commit()
+            else:
+                # The manifest needs the other ranks, and they may be elsewhere: this one may end because of an error.
+                discarded, self._begun = self._begun, None
         finally:
             if not self._closed and self._files.is_decoupled():
                 self._files.cleanup()
             self._closed = True
+            if discarded is not None:
+                _discard(discarded.folder, discarded.name)
+        if discarded is not None:
+            raise CheckpointError(
+                f"checkpoint {discarded.info.tag!r} was saved but never committed, and is discarded",
+                where=str(discarded.folder),
+                fix="call engine.checkpoint_engine.commit() on every rank before the engine goes",
+            )
 
     def _begin(self, info: CheckpointCommitInfo, name: str, rank: int, snapshot: Snapshot) -> _Begun:
         state, rank_state = (json.loads(json.dumps(dict(part))) for part in (snapshot.state, snapshot.rank_state))
-        mine = written_by(rank, snapshot.pieces)
+        mine = {chunk_key(piece.of, piece.chunk): piece for piece in written_by(rank, snapshot.pieces)}
         begun = _Begun(info, name, type(snapshot)([], state, rank_state), [describe(piece) for piece in mine.values()])
         self._files.makedirs(str(begun.folder), exist_ok=True)
         self._files.create(info)
@@ -141,7 +172,7 @@ class AdaptedCheckpoint(CheckpointEngine):
         except CheckpointError:
             _discard(folder, begun.name)
             raise
-        everyone = self._gather(begun)
+        everyone = gather(begun, self.group)
         together(lambda: self._write_manifest(everyone) if rank == 0 else None, folder, self.group)
 
     def _complete(self, begun: _Begun) -> None:
@@ -168,16 +199,6 @@ class AdaptedCheckpoint(CheckpointEngine):
                 fix="its save() must write to the path, or to names that begin with it, before commit() returns",
             )
         sync_folder(begun.folder)
-
-    def _gather(self, mine: _Begun) -> list[_Begun]:
-        """Return what every rank has begun, on rank 0."""
-        if self.group is None:
-            return [mine]
-        import torch.distributed as dist
-
-        told: list[Any] | None = [None] * dist.get_world_size(self.group) if dist.get_rank(self.group) == 0 else None
-        dist.gather_object(mine, told, group=self.group, group_dst=0)
-        return told or []
 
     def _write_manifest(self, everyone: Sequence[_Begun]) -> None:
         first = everyone[0]
@@ -220,10 +241,12 @@ class AdaptedReader(CheckpointReader):
         try:
             for name, size in self._manifest["files"].items():
                 self._check_file(name, size)
+            self._check_ranks()
             for rank in self._manifest["ranks"]:
                 rows = self._rows[rank["file"]] = [(row["key"], *from_row(row)) for row in rank["tensors"]]
                 for _, of, _ in rows:
                     self._stored.setdefault((of.name, of.kind, of.rank), of)
+            check_once((of, chunk) for rows in self._rows.values() for _, of, chunk in rows)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged(f"the manifest is damaged: {error!r}", self._folder / MANIFEST) from error
 
@@ -235,6 +258,10 @@ class AdaptedReader(CheckpointReader):
     @property
     def world_size(self) -> int:
         return int(self._manifest["world_size"])
+
+    @property
+    def identity(self) -> str:
+        return digest(self._manifest["files"], self.world_size, self.state)
 
     def rank_state(self, rank: int) -> Mapping[str, Any]:
         state: Mapping[str, Any] = self._manifest["ranks"][rank]["rank_state"]
@@ -286,6 +313,21 @@ class AdaptedReader(CheckpointReader):
             raise self._damaged("a file of the checkpoint is missing", path) from None
         if found != size:
             raise self._damaged(f"a file of the checkpoint has {found} bytes instead of {size}", path)
+
+    def _check_ranks(self) -> None:
+        """Refuse what the manifest says of ranks where it is not as this engine writes it; files were checked."""
+        ranks, files = self._manifest["ranks"], self._manifest["files"]
+        manifest = self._folder / MANIFEST
+        if type(self._manifest["world_size"]) is not int or len(ranks) != self._manifest["world_size"]:
+            raise self._damaged(f"the manifest is damaged: {len(ranks)} ranks, world_size is another number", manifest)
+        if not isinstance(self._manifest["state"], dict) or not all(isinstance(r["rank_state"], dict) for r in ranks):
+            raise self._damaged("the manifest is damaged: a state is missing", manifest)
+        for rank in ranks:
+            # The engine may have written to names that begin with the one it was given.
+            name = rank["file"]
+            is_one = isinstance(name, str) and name.endswith(".pt") and any(file.startswith(name) for file in files)
+            if not is_one:
+                raise self._damaged(f"the manifest names {str(name)[:200]!r}, which is no file of it", manifest)
 
     def _damaged(self, what: str, path: Path) -> CheckpointError:
         others = self._others

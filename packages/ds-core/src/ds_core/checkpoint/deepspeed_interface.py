@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_core.checkpoint.atomic import written_beside
+from ds_core.checkpoint.local import local_path
 from ds_core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -99,6 +100,10 @@ class TorchFiles(CheckpointEngine):
     def create(self, info: CheckpointCommitInfo | None = None) -> None:
         return
 
+    def makedirs(self, path: str | PathLike[str], exist_ok: bool = False) -> None:
+        """Make a folder of this machine, and those it is in."""
+        local_path(path, "checkpoint_engine.makedirs(path)").mkdir(parents=True, exist_ok=exist_ok)
+
     def save(self, state_dict: Any, path: str | PathLike[str]) -> None:
         """Write ``state_dict`` to ``path`` with ``torch.save``.
 
@@ -107,8 +112,9 @@ class TorchFiles(CheckpointEngine):
         """
         import torch
 
+        place = local_path(path, "checkpoint_engine.save(path)")
         try:
-            with written_beside(Path(path)) as file:
+            with written_beside(place) as file:
                 torch.save(state_dict, file)
         except OSError as error:
             raise CheckpointError(
@@ -127,8 +133,9 @@ class TorchFiles(CheckpointEngine):
 
         import torch
 
+        place = local_path(path, "checkpoint_engine.load(path)")
         try:
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(place, map_location=map_location, weights_only=True)
         except FileNotFoundError:
             raise CheckpointError("there is no such file", where=str(path), fix="check the path") from None
         except pickle.UnpicklingError as error:

@@ -63,17 +63,49 @@ class Flight:
         self._before: Flight | None = None
         self._label, self._total_bytes, self._speaks = label, total_bytes, speaks
         self._done = threading.Event()
+        self._decided = threading.Event()
+        self._cancelled = False
         self._thread = threading.Thread(target=self._run, name="ds-checkpoint", daemon=False)
         self._count_lock = threading.Lock()
         self.written_bytes = 0
         self.failure: DsError | None = None
 
-    def start(self) -> None:
+    def prepare(self) -> None:
+        """Start the thread, which waits for :meth:`begin` or :meth:`cancel`.
+
+        So several ranks can agree that all of them could, before one of the threads waits for the others'.
+
+        Raises:
+            CheckpointError: there can be no more threads. Nothing was begun.
+        """
+        try:
+            self._thread.start()
+        except (RuntimeError, MemoryError) as error:
+            self._work = None  # lets go of what it holds
+            raise CheckpointError(
+                f"the thread that writes the checkpoint cannot be started: {error}",
+                where=self._label,
+                fix="use fewer threads or raise the limit (ulimit -u); or set checkpoint.engine to one that saves "
+                "without a thread",
+            ) from error
+
+    def begin(self) -> None:
+        """Let the work begin; from now on the ends of the process group and of the program wait for it."""
         atexit.unregister(_tell_at_exit)
         atexit.register(_tell_at_exit)
         comm.wait_before_destroy(self)
         self._before, _lanes[self._lane] = _lanes.get(self._lane), self
-        self._thread.start()
+        self._decided.set()
+
+    def cancel(self) -> None:
+        """Have the thread end without its work. Nothing happens where none was started."""
+        self._cancelled = True
+        self._decided.set()
+
+    def start(self) -> None:
+        """Prepare and begin."""
+        self.prepare()
+        self.begin()
 
     def count(self, nbytes: int) -> None:
         """Note that ``nbytes`` more are written; from any thread."""
@@ -96,10 +128,14 @@ class Flight:
             _untold.remove(self)
 
     def _run(self) -> None:
+        self._decided.wait()
+        if self._cancelled:
+            self._work = None
+            self._done.set()
+            return
         try:
             if self._speaks:
-                # Beside the work and not in it: most of the time goes by inside calls that write and sync.
-                threading.Thread(target=self._watch, name="ds-checkpoint-watch", daemon=False).start()
+                self._start_watch()
             if self._before is not None:
                 self._before.wait()
             assert self._work is not None
@@ -117,6 +153,13 @@ class Flight:
             if self.failure is not None:
                 _untold.append(self)
             self._done.set()
+
+    def _start_watch(self) -> None:
+        # Beside the work and not in it: most of the time goes by inside calls that write and sync.
+        try:
+            threading.Thread(target=self._watch, name="ds-checkpoint-watch", daemon=False).start()
+        except (RuntimeError, MemoryError) as error:
+            logger.debug("nobody will say that the end of the script waits for %s: %s", self._label, error)
 
     def _watch(self) -> None:
         main = threading.main_thread()

@@ -18,8 +18,10 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ds_core.checkpoint.atomic import replace_text, sync_folder
+from ds_core.checkpoint.atomic import make_durable, replace_text, sync_folder
+from ds_core.checkpoint.disk_errors import fix_of
 from ds_core.errors import CheckpointError
+from ds_core.log import logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,10 +29,21 @@ if TYPE_CHECKING:
 
     from ds_core.checkpoint.safetensors_format import Entry
 
-__all__ = ["STAGING", "Exported", "Layout", "natural", "parse_size", "plan_layout", "write_layout", "writing"]
+__all__ = [
+    "STAGING",
+    "Exported",
+    "Layout",
+    "natural",
+    "parse_dtype",
+    "parse_size",
+    "plan_layout",
+    "write_layout",
+    "writing",
+]
 
 STAGING = ".export.tmp"
 """The folder inside the output where files are until all are written; a killed export leaves it to the next one."""
+_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
 
 
@@ -103,13 +116,39 @@ class Layout:
         return bool(re.fullmatch(rf"{stem}(-\d{{5,}}-of-\d{{5,}})?{suffix}|{stem}{suffix}\.index\.json", name))
 
 
+def parse_dtype(dtype: object) -> str | None:
+    """Return torch's word of what weights are cast to; None: they stay as the model has them.
+
+    >>> parse_dtype("bfloat16"), parse_dtype("FP16"), parse_dtype("torch.float32"), parse_dtype("stored")
+    ('bfloat16', 'float16', 'float32', None)
+
+    Args:
+        dtype: a word in any case, a ``torch.dtype``, or None.
+
+    Raises:
+        CheckpointError: it is none that weights can be cast to.
+    """
+    given = str(dtype).removeprefix("torch.")
+    word = given.strip().lower()
+    if word in ("none", "stored"):
+        return None
+    word = _SHORT_DTYPES.get(word, word)
+    if word not in _SHORT_DTYPES.values():
+        raise CheckpointError(
+            f"weights cannot be exported as {given!r}",
+            where="dtype",
+            fix=f"one of {', '.join(dict.fromkeys(_SHORT_DTYPES.values()))}, or None for what the model has",
+        )
+    return word
+
+
 def parse_size(size: str | int | None, where: str = "max_shard_size") -> int | None:
-    """Return a size in bytes; None stands for no limit.
+    """Return a size in bytes; None, or the word, stands for no limit.
 
     >>> parse_size("5GB"), parse_size("1.5 MB"), parse_size(10**6), parse_size(None)
     (5000000000, 1500000, 1000000, None)
     """
-    if size is None:
+    if size is None or (isinstance(size, str) and size.strip().lower() == "none"):
         return None
     found = None
     if isinstance(size, str):
@@ -186,7 +225,7 @@ def write_layout(folder: Path, layout: Layout, write_file: Callable[[Path, str],
         CheckpointError: the disk is full, ...; what was there is still whole, unless renaming failed.
     """
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_durable(folder)
         _check_not_hidden(folder, layout)
         staging = folder / STAGING
         if staging.exists():
@@ -199,7 +238,10 @@ def write_layout(folder: Path, layout: Layout, write_file: Callable[[Path, str],
                 replace_text(staging / layout.index, layout.index_text())
             _publish(folder, staging, layout)
         finally:
-            shutil.rmtree(staging)
+            # Whether all is in place by now or something failed: that this fails, too, must not be what is told.
+            shutil.rmtree(staging, ignore_errors=True)
+            if staging.exists():
+                logger.warning("a folder of temporary files cannot be removed: %s", staging)
 
 
 def _check_not_hidden(folder: Path, layout: Layout) -> None:
@@ -241,5 +283,5 @@ def writing(folder: Path) -> Iterator[None]:
         raise CheckpointError(
             f"the weights cannot be written: {error.strerror or error}",
             where=str(error.filename or folder),
-            fix="free space or choose another folder",
+            fix=fix_of(error),
         ) from error

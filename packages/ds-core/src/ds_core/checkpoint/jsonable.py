@@ -5,17 +5,24 @@ Needed because ``json`` alone turns tuples into lists and integer keys into stri
 
 from __future__ import annotations
 
+import argparse
 import base64
+import datetime
 import math
 from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from enum import Enum
+from pathlib import PurePath
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ds_core.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
-__all__ = ["decode", "encode", "leaves"]
+__all__ = ["decode", "encode", "encode_mapping", "leaves"]
 
 _TAG = "$ds"
 _MAPPINGS: tuple[type[dict[Any, Any]], ...] = (OrderedDict, Counter)
@@ -28,7 +35,8 @@ def encode(value: Any, where: str) -> Any:
     """Return ``value`` in what JSON can hold.
 
     None, booleans, numbers (inf and NaN too), strings, lists, tuples, dictionaries with such keys (also ordered ones
-    and counters; a ``defaultdict`` comes back as a plain one), small tensors and NumPy scalars are understood.
+    and counters; a ``defaultdict`` comes back as a plain one, a ``torch.Size`` as a tuple), small tensors, torch's
+    dtypes and devices, and NumPy scalars are understood.
 
     Args:
         where: name of the value, for errors: ``client_state``.
@@ -44,6 +52,19 @@ def encode(value: Any, where: str) -> Any:
             where=where,
             fix="store lists and dictionaries that do not refer to what they are in",
         ) from None
+
+
+def encode_mapping(value: Any, where: str) -> Any:
+    """:func:`encode` for what must be a dictionary.
+
+    Raises:
+        CheckpointError: it is none, or holds what cannot be stored.
+    """
+    if not isinstance(value, Mapping):
+        raise CheckpointError(
+            f"{where} is a {type(value).__name__}, not a dictionary", where=where, fix=f'pass {{"mine": {where}}}'
+        )
+    return encode(dict(value), where)
 
 
 def _encode(value: Any, where: str) -> Any:
@@ -63,27 +84,61 @@ def _encode(value: Any, where: str) -> Any:
         return {_TAG: "dict", "value": _encode_pairs(value, where)}
     if type(value) in _MAPPINGS:
         return {_TAG: type(value).__name__, "value": _encode_pairs(value, where)}
-    special = _encode_array(value, where)
+    special = _encode_torch(value, where)
     if special is not None:
         return special
-    raise _refused(f"a value of type {type(value).__name__}", where)
+    raise _refused(f"a value of type {type(value).__name__}", where, _hint(value))
 
 
 def _encode_pairs(value: Mapping[Any, Any], where: str) -> list[list[Any]]:
     return [[_encode(key, where), _encode(item, f"{where}[{key!r}]")] for key, item in value.items()]
 
 
-def _refused(what: str, where: str) -> CheckpointError:
+def _refused(what: str, where: str, hint: str | None = None) -> CheckpointError:
+    accepted = "numbers, text, lists, tuples, dictionaries and tensors are stored"
     return CheckpointError(
         f"{what} cannot be stored in a checkpoint without pickle",
         where=where,
-        fix="store numbers, strings, lists, tuples and dictionaries; keep larger things in buffers or own files",
+        fix=f"{hint}; {accepted}" if hint else f"{accepted}; keep anything else in buffers or own files",
     )
 
 
-def _encode_array(value: Any, where: str) -> Any:
+def _hint(value: Any) -> str | None:
+    """Return what to store in place of ``value``."""
+    import numpy as np
+
+    for kinds, hint in (
+        (np.ndarray, "store torch.from_numpy(value), a tensor"),
+        (np.dtype, "store str(value)"),
+        (argparse.Namespace | SimpleNamespace, "store vars(value), a dictionary"),
+        (PurePath, "store str(value)"),
+        (datetime.date | datetime.time, "store value.isoformat()"),
+        (datetime.timedelta, "store value.total_seconds()"),
+        (set | frozenset, "store sorted(value), a list"),
+        (bytes | bytearray, "store value.hex(), which bytes.fromhex reads"),
+        (complex, "store (value.real, value.imag)"),
+        (Enum, "store value.value"),
+    ):
+        if isinstance(value, kinds):
+            return hint
+    if is_dataclass(value) and not isinstance(value, type):
+        return "store dataclasses.asdict(value)"
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return "store value._asdict()"
+    return "store value.state_dict()" if hasattr(value, "state_dict") else None
+
+
+def _encode_torch(value: Any, where: str) -> Any:
+    """Encode what is torch's or NumPy's; None for anything else."""
     import numpy as np
     import torch
+
+    if isinstance(value, torch.Size):
+        return _encode(tuple(value), where)
+    if isinstance(value, torch.dtype):
+        return {_TAG: "dtype", "value": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {_TAG: "device", "value": str(value)}
 
     if isinstance(value, np.generic):
         item = value.item()
@@ -128,14 +183,30 @@ def decode(value: Any) -> Any:
     for mapping in _MAPPINGS:
         if tag == mapping.__name__:
             return mapping({decode(key): decode(item) for key, item in value["value"]})
-    if tag == "tensor":
-        import torch
+    if tag in ("tensor", "dtype", "device"):
+        return _decode_torch(tag, value)
+    raise CheckpointError(f"unknown tag {tag!r} in the JSON part", where="checkpoint", fix="upgrade ds-core")
 
+
+def _decode_torch(tag: str, value: Mapping[str, Any]) -> Any:
+    import torch
+
+    if tag == "tensor":
         data = bytearray(base64.b64decode(value["value"]))
         dtype = getattr(torch, value["dtype"])
         flat = torch.frombuffer(data, dtype=torch.uint8).view(dtype) if data else torch.empty(0, dtype=dtype)
         return flat.reshape(value["shape"])
-    raise CheckpointError(f"unknown tag {tag!r} in the JSON part", where="checkpoint", fix="upgrade ds-core")
+    try:
+        found = torch.device(value["value"]) if tag == "device" else getattr(torch, value["value"])
+    except (RuntimeError, AttributeError, TypeError):
+        found = None
+    if not isinstance(found, torch.device | torch.dtype):
+        raise CheckpointError(
+            f"this torch knows no {tag} {value['value']!r}, which is in the checkpoint",
+            where="checkpoint",
+            fix="upgrade torch",
+        )
+    return found
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -164,7 +235,11 @@ def _inside(value: Any, path: str) -> list[tuple[str, Any]]:
             return _inside(inner, path)
         if tag in ("dict", *(mapping.__name__ for mapping in _MAPPINGS)) and _are_pairs(inner):
             return [(_step(path, key), item) for key, item in inner]
-        return [] if tag in ("float", "tensor") else [(_step(path, key), item) for key, item in value.items()]
+        return (
+            []
+            if tag in ("float", "tensor", "dtype", "device")
+            else [(_step(path, key), item) for key, item in value.items()]
+        )
     return [(f"{path}[{index}]", item) for index, item in enumerate(value)] if isinstance(value, list) else []
 
 

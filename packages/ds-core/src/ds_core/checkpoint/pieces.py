@@ -1,4 +1,4 @@
-"""What engines share that store pieces as tensors by name: which ones, a row about each, and reading them back."""
+"""What engines share that store pieces as tensors by name: a row about each, and reading them back."""
 
 from __future__ import annotations
 
@@ -6,26 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ds_core.checkpoint.coverage import not_once
+from ds_core.checkpoint.safetensors_format import ITEM_BYTES
 from ds_core.checkpoint.saving import chunk_key
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import Box, Chunk, LogicalTensor, Piece, overlaps
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
-__all__ = ["Filling", "describe", "from_row", "written_by"]
-
-
-def written_by(rank: int, pieces: Sequence[Piece]) -> dict[str, Piece]:
-    """Return what ``rank`` writes, by name, each chunk once."""
-    # A chunk without elements says nothing, unless the tensor has none at all; such a one is stored once.
-    return {
-        chunk_key(piece.of, piece.chunk): piece
-        for piece in pieces
-        if piece.writer == rank and (piece.chunk.length or not piece.of.numel)
-    }
+__all__ = ["Filling", "check_once", "describe", "from_row"]
 
 
 def describe(piece: Piece) -> dict[str, Any]:
@@ -44,14 +36,53 @@ def describe(piece: Piece) -> dict[str, Any]:
 
 
 def from_row(row: Mapping[str, Any]) -> tuple[LogicalTensor, Chunk]:
-    """Return what :func:`describe` was given."""
-    of = LogicalTensor(row["name"], row["kind"], tuple(row["shape"]), row["dtype"], row["rank"])
-    start, size = row["box"]
-    return of, Chunk(Box(tuple(start), tuple(size)), *row["interval"])
+    """Return what :func:`describe` was given.
+
+    Raises:
+        KeyError, TypeError, ValueError: no :func:`describe` returned such a row.
+    """
+    of = LogicalTensor(row["name"], row["kind"], _whole(row["shape"]), row["dtype"], row["rank"])
+    if not all(isinstance(text, str) for text in (of.name, of.kind, of.dtype)) or of.dtype not in ITEM_BYTES:
+        raise ValueError(f"no tensor is {str(of)[:200]}")
+    if of.rank is not None:
+        _whole([of.rank])
+    start, size = map(_whole, row["box"])
+    offset, length = _whole(row["interval"])
+    box = Box(start, size)
+    if any(a + n > full for a, n, full in zip(start, size, of.shape, strict=True)) or offset + length > box.numel:
+        raise ValueError(f"a chunk of {of.kind} {of.name!r} is not inside it")
+    return of, Chunk(box, offset, length)
+
+
+def _whole(values: Sequence[Any]) -> tuple[int, ...]:
+    found = tuple(values)
+    if any(type(value) is not int or value < 0 for value in found):
+        raise ValueError(f"expected whole numbers, found {str(found)[:80]}")
+    return found
+
+
+def check_once(rows: Iterable[tuple[LogicalTensor, Chunk]]) -> None:
+    """Check that the chunks of a checkpoint hold each of its tensors once; what :class:`Filling` relies on.
+
+    Raises:
+        ValueError: naming the tensor of which elements are missing or there twice, or that has two shapes or dtypes.
+    """
+    found: dict[tuple[str, str, int | None], tuple[LogicalTensor, list[Chunk]]] = {}
+    for of, chunk in rows:
+        known, chunks = found.setdefault((of.name, of.kind, of.rank), (of, []))
+        if known != of:
+            raise ValueError(f"{of.kind} {of.name!r} is {list(known.shape)} of {known.dtype}, and {list(of.shape)} too")
+        chunks.append(chunk)
+    for of, chunks in found.values():
+        problem = not_once(of.shape, chunks)
+        if problem:
+            raise ValueError(f"{of.kind} {of.name!r}: {problem}")
 
 
 class Filling:
     """A piece that is filled in place, chunk by chunk, whatever its dtype and strides.
+
+    Elements are counted, so the chunks must have been checked with :func:`check_once`.
 
     Args:
         piece: what to fill.

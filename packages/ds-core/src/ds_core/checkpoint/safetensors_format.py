@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["ITEM_BYTES", "WORDS", "Entry", "header", "write_stream"]
+__all__ = ["ITEM_BYTES", "MAX_HEADER_BYTES", "WORDS", "Entry", "header", "write_stream"]
+
+MAX_HEADER_BYTES = 10**8
+"""Readers of the format refuse a longer header."""
 
 WORDS = {
     "float64": "F64",
@@ -89,7 +92,7 @@ def header(entries: Sequence[Entry], metadata: Mapping[str, str], path: object) 
         path: of the file, for errors.
 
     Raises:
-        CheckpointError: a dtype the format does not have, or two tensors of one name.
+        CheckpointError: a dtype the format does not have, two tensors of one name, or more than a header may hold.
     """
     for entry in entries:
         if entry.dtype not in WORDS:
@@ -106,6 +109,12 @@ def header(entries: Sequence[Entry], metadata: Mapping[str, str], path: object) 
         at += entry.nbytes
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that readers can map tensors
+    if len(text) > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{len(entries)} tensors need a header of {len(text)} bytes, readers take {MAX_HEADER_BYTES}",
+            where=str(path),
+            fix="shorten the names of the tensors, or write fewer into one file",
+        )
     return len(text).to_bytes(8, "little") + text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -77,9 +78,11 @@ def explain(
     from ds_core.cli import explanation as shown
     from ds_core.config.explain import explain as explained
     from ds_core.config.loading import examine
+    from ds_core.config.plugin_options import with_plugins
 
-    examined = examine(file, dp_world_size=world, compatible=compatible)
+    examined, notes = with_plugins(examine(file, dp_world_size=world, compatible=compatible))
     found = explained(examined, all_keys=all_keys)
+    found = replace(found, notes=(*found.notes, *(note for note in notes if note.kind == "unchecked")))
     if as_json:
         import json
 
@@ -187,15 +190,16 @@ def _print_heading(text: str) -> None:
 def _checked(file: str, world: int | None, compatible: bool | None) -> dict[str, Any]:
     """Return what was found in ``file`` as JSON can hold it."""
     from ds_core.config.loading import examine
+    from ds_core.config.plugin_options import with_plugins
     from ds_core.errors import ConfigError
 
     try:
-        examined = examine(file, dp_world_size=world, compatible=compatible)
+        examined, notes = with_plugins(examine(file, dp_world_size=world, compatible=compatible))
     except ConfigError as error:
         # One file that cannot be read must not hide what is wrong with the others.
         where = None if error.where == file else error.where
         problem = {"path": "", "text": error.what, "where": where, "fix": error.fix, **_place(None)}
-        nothing: dict[str, Any] = {"warnings": [], "deprecated": [], "hints": []}
+        nothing: dict[str, Any] = {"warnings": [], "deprecated": [], "hints": [], "notes": []}
         return {"file": file, "ok": False, "is": None, "problems": [problem], **nothing}
     return {
         "file": file,
@@ -203,6 +207,7 @@ def _checked(file: str, world: int | None, compatible: bool | None) -> dict[str,
         "is": None if examined.problems else _summary(examined),
         **_findings(examined),
         "hints": _hints(examined),
+        "notes": [{"kind": note.kind, "path": note.path, "text": note.text} for note in notes],
     }
 
 
@@ -287,6 +292,8 @@ def _print_check(result: dict[str, Any]) -> None:
         typer.echo(f"{result['file']}: ok: {result['is']}")
     elif len(result["problems"]) > 1:
         typer.echo(f"{result['file']}: {_problems(len(result['problems']))}")
+    for note in result["notes"]:
+        typer.echo(f"  note: {note['path']}: {note['text']}")
     for hint in result["hints"]:
         typer.echo(f"  hint: {hint}")
 

@@ -20,9 +20,10 @@ from ds_core.comm.groups import (
     leave_collectives_alone,
     wait_before_destroy,
 )
-from ds_core.comm.together import broadcast_tensors, raise_together, same_on_all_ranks
+from ds_core.comm.together import all_or_none, broadcast_tensors, raise_together, same_on_all_ranks, values_of_ranks
 
 __all__ = [
+    "all_or_none",
     "barrier",
     "broadcast_tensors",
     "destroy_at_exit",
@@ -36,6 +37,7 @@ __all__ = [
     "leave_collectives_alone",
     "raise_together",
     "same_on_all_ranks",
+    "values_of_ranks",
     "wait_before_destroy",
 ]
 

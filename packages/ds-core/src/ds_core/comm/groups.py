@@ -131,13 +131,13 @@ def _timeout_of_environment() -> timedelta:
     return timeout
 
 
-_owners: weakref.WeakSet[Any] = weakref.WeakSet()
-"""What holds on to a process group and lets it go in ``destroy()``."""
+_owners: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
+"""What holds on to a process group and lets it go in ``destroy()``, in the order they came: the same on every rank."""
 
 
 def destroy_at_exit(owner: Any) -> None:
     """Have ``owner.destroy()`` called when the interpreter ends, before the process group goes."""
-    _owners.add(owner)
+    _owners[owner] = None
 
 
 _unfinished: weakref.WeakSet[Any] = weakref.WeakSet()

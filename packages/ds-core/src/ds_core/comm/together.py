@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ds_core.errors import CommError, DsError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-__all__ = ["broadcast_tensors", "raise_together", "same_on_all_ranks"]
+__all__ = ["all_or_none", "broadcast_tensors", "raise_together", "same_on_all_ranks", "values_of_ranks"]
+
+_T = TypeVar("_T")
 
 BROADCAST_BYTES = 25 * 2**20
 """Small tensors travel together in messages of about this size."""
@@ -27,6 +29,7 @@ def raise_together(error: Exception | None, group: ProcessGroup | None) -> None:
 
     Raises:
         DsError: of the class of the first failing rank's error where that is a DsError, naming the rank.
+        CommError: a rank is gone; where this rank has an error of its own, that one is raised.
     """
     if group is None:
         if error is not None:
@@ -35,14 +38,56 @@ def raise_together(error: Exception | None, group: ProcessGroup | None) -> None:
     import torch.distributed as dist
 
     if dist.get_world_size(group) > 1:
-        told: list[DsError | None] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(told, _portable(error), group=group)
+        try:
+            told: list[DsError | None] = values_of_ranks(_portable(error), group)
+        except CommError:
+            if error is not None:
+                raise error from None
+            raise
         if error is None:
             for rank, theirs in enumerate(told):
                 if theirs is not None:
                     raise type(theirs)(f"rank {rank} failed: {theirs.what}", where=theirs.where, fix=theirs.fix)
     if error is not None:
         raise error
+
+
+def all_or_none(work: Callable[[], _T], group: ProcessGroup | None) -> _T:
+    """Do what only this rank does; return its result once every rank's has succeeded. Collective.
+
+    Raises:
+        DsError: as :func:`raise_together`, which gets whatever ``work`` raises.
+    """
+    failure: Exception | None = None
+    done: list[_T] = []
+    try:
+        done.append(work())
+    except Exception as error:
+        failure = error
+    raise_together(failure, group)
+    return done[0]
+
+
+def values_of_ranks(value: Any, group: ProcessGroup | None) -> list[Any]:
+    """Return what every rank gives, in their order. Collective.
+
+    Raises:
+        CommError: a rank is gone.
+    """
+    if group is None:
+        return [value]
+    import torch.distributed as dist
+
+    if dist.get_world_size(group) == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    try:
+        dist.all_gather_object(values, value, group=group)
+    except RuntimeError as error:
+        raise CommError(
+            f"the ranks cannot reach each other, one of them is gone: {error}", fix="see why that rank ended"
+        ) from error
+    return values
 
 
 def _portable(error: Exception | None) -> DsError | None:
@@ -52,15 +97,18 @@ def _portable(error: Exception | None) -> DsError | None:
 
 
 def same_on_all_ranks(value: Any, group: ProcessGroup | None) -> dict[int, Any]:
-    """Return the ranks whose ``value`` differs from rank 0's, with theirs; empty when all agree. Collective."""
+    """Return the ranks whose ``value`` differs from rank 0's, with theirs; empty when all agree. Collective.
+
+    Raises:
+        CommError: a rank is gone.
+    """
     if group is None:
         return {}
     import torch.distributed as dist
 
     if dist.get_world_size(group) == 1:
         return {}
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
+    values = values_of_ranks(value, group)
     return {rank: theirs for rank, theirs in enumerate(values) if theirs != values[0]}
 
 

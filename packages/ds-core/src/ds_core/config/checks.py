@@ -5,11 +5,10 @@ A rule runs only when nothing that it reads has a problem of its own.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from ds_core._packages import PACKAGE_OF_PLUGIN
+from ds_core.config.choice_rules import CHOICE_RULES
 from ds_core.config.paths import open_paths
 from ds_core.config.precision_rules import PRECISION_RULES
 from ds_core.config.problems import Problem
@@ -18,7 +17,6 @@ from ds_core.config.section import show
 if TYPE_CHECKING:
     from ds_core.config.config import Config
     from ds_core.config.paths import Path
-    from ds_core.config.sections.choices import ChoiceSection
     from ds_core.config.sections.optimizer import OptimizerSection, SchedulerSection
 
 __all__ = ["check", "unresolved"]
@@ -133,26 +131,6 @@ def _no_max_grad_norm(config: Config) -> Iterator[Problem]:
         )
 
 
-def _plugin_names(section_name: str) -> Rule:
-    def rule(config: Config) -> Iterator[Problem]:
-        from ds_core import registry  # slow to import, and few configurations need it
-
-        section: ChoiceSection = getattr(config, section_name)
-        unknown = [name for name in section.options if name != section.chosen]
-        if not unknown:
-            return
-        known = {*registry.names(section.seam), *(name for seam, name in PACKAGE_OF_PLUGIN if seam == section.seam)}
-        # What is not installed may still be a plugin's name; only what looks like a slip of a known word is refused.
-        words = {*known, *section.fields_by_key(), *filter(None, [section.chosen])}
-        for name in unknown:
-            close = difflib.get_close_matches(name, words, n=1, cutoff=0.8)
-            # Short names differ by one letter on purpose: fp6 is not a slip of fp16.
-            if close and name not in known and len(name) >= 5:
-                yield Problem((section_name, name), "no plugin is called so", f'did you mean "{close[0]}"?')
-
-    return rule
-
-
 _STAGE = "zero_optimization.stage"
 _OFFLOAD = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
 RULES: list[tuple[set[str], Rule]] = [
@@ -165,8 +143,6 @@ RULES: list[tuple[set[str], Rule]] = [
     ({"optimizer.params"}, _no_max_grad_norm),
     ({"optimizer.type", "optimizer.params"}, _arguments("optimizer")),
     ({"scheduler.type", "scheduler.params"}, _arguments("scheduler")),
-    ({"checkpoint"}, _plugin_names("checkpoint")),
-    ({"precision"}, _plugin_names("precision")),
-    ({"partition"}, _plugin_names("partition")),
+    *CHOICE_RULES,
 ]
 """(keys and sections the rule reads, the rule)."""

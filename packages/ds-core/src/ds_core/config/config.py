@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, PrivateAttr
 
-from ds_core.config.problems import raise_problems, validate
+from ds_core.config.problems import Problem, raise_problems, validate
 from ds_core.config.section import Count, DtypeName, Int, NoEffect, NotBuilt, Number, PositiveInt, Section, lowered
 from ds_core.config.sections.choices import (
     PLAIN,
@@ -22,7 +22,6 @@ from ds_core.config.sections.optimizer import OptimizerSection, SchedulerSection
 from ds_core.config.sections.precision import Bf16Section, DataTypesSection, Fp16Section, TorchAutocastSection
 from ds_core.config.sections.zero import ZeroSection
 from ds_core.config.showing import printable
-from ds_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -250,18 +249,19 @@ class Config(Section):
         Raises:
             ConfigError: the sub-section has problems, or has keys although the plugin takes none.
         """
+        options, problems = self.checked_options(section, name, model)
+        raise_problems(problems, where=self._where)
+        return options
+
+    def checked_options(self, section: str, name: str, model: type[S] | None) -> tuple[S | None, list[Problem]]:
+        """Return what :meth:`options` returns, and the problems it would raise."""
         chooser = getattr(self, section)
         if not isinstance(chooser, ChoiceSection):
             raise TypeError(f"{section!r} is not a section that chooses a plugin")
         given = chooser.options.get(name, {})
-        if model is None:
-            if given:
-                raise ConfigError(
-                    f"{section}.{name}: {name!r} takes no options, got {', '.join(map(printable, given))}",
-                    where=self._where,
-                    fix=f'remove "{name}" from "{section}"',
-                )
-            return None
-        options, problems = validate(model, given, path=(section, name))
-        raise_problems(problems, where=self._where)
-        return options
+        if model is not None:
+            return validate(model, given, path=(section, name))
+        if not given:
+            return None, []
+        text = f"{name!r} takes no options, got {', '.join(map(printable, given))}"
+        return None, [Problem((section, name), text, f'remove "{name}" from "{section}"')]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ds_core._packages import PACKAGE_OF_PLUGIN
 from ds_core.config.section import NoEffect, NotBuilt, Section, show
+from ds_core.config.sections.choices import ChoiceSection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from ds_core.config.config import Config
 
-__all__ = ["given_paths", "key_state", "section_state", "state_of", "without_effect"]
+__all__ = ["given_paths", "key_state", "section_state", "state_of", "unread_options", "without_effect"]
 
 SWITCHES = ("enabled", "stage")
 """Keys that turn their section on and off; they are at work even when they say off."""
@@ -79,6 +80,24 @@ def _marked_arguments(config: Config) -> Iterator[tuple[str, str]]:
                 for marker in model.model_fields[field].metadata if field else ():  # type: ignore[union-attr]
                     if isinstance(marker, NoEffect) and marker.holds(config):
                         yield f"{name}.params.{key}", marker.why
+
+
+def unread_options(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield the sub-sections with options of plugins that are not in force, those of a section as one, and the reason.
+
+    >>> from ds_core.config import load_config
+    >>> given = {"engine": "plain", "sharded": {"keep_last": 2}}
+    >>> dict(unread_options(load_config({"train_batch_size": 1, "checkpoint": given})))
+    {'checkpoint.sharded': 'not read: "plain" is in force, and its options are those in "checkpoint.plain"'}
+    """
+    for name, section in config.sections.items():
+        given = (
+            [key for key, options in section.options.items() if options] if isinstance(section, ChoiceSection) else []
+        )
+        in_force = config.plugin(name) if given else ""
+        unread = ", ".join(f"{name}.{key}" for key in given if key != in_force)
+        if unread:
+            yield unread, f'not read: {show(in_force)} is in force, and its options are those in "{name}.{in_force}"'
 
 
 def given_paths(config: Config) -> list[str]:

@@ -17,6 +17,7 @@ from ds_core.config import catalog
 from ds_core.config.batch import BatchSizes, resolve_batch
 from ds_core.config.checks import check, unresolved
 from ds_core.config.config import BatchKeys, Config
+from ds_core.config.effects import unread_options
 from ds_core.config.mending import is_consequence, put_right
 from ds_core.config.migrate import Renamed, migrate
 from ds_core.config.paths import dotted
@@ -83,6 +84,8 @@ def load_config(source: Source | Document, *, dp_world_size: int = 1, compatible
         log.log_dist(str(renamed), level=logging.WARNING)
     for problem in examined.warnings:
         log.log_dist(f"ignored in compatibility mode: {problem}", level=logging.WARNING)
+    for path, text in unread_options(examined.config):
+        log.log_dist(f"{path}: {text}", level=logging.WARNING)
     return examined.config
 
 

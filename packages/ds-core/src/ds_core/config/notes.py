@@ -25,7 +25,7 @@ __all__ = ["Note", "notes_of"]
 class Note:
     """One thing to know."""
 
-    kind: Literal["deprecated", "ignored", "no effect", "hint", "package"]
+    kind: Literal["deprecated", "ignored", "no effect", "hint", "package", "unchecked", "unread"]
     """Its kind."""
     path: str
     """Dotted path of the key it is about, empty where it is about none."""

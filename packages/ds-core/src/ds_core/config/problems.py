@@ -209,7 +209,7 @@ def _problem(
     if kind == "missing":
         text = details["msg"] if details["msg"].startswith("is missing") else "is missing"
         return Problem(full, text, f'add "{location[-1]}"' if location else None, kind="missing")
-    expected = _expected(kind, context, holder, key) or details["msg"][:1].lower() + details["msg"][1:]
+    expected = _expected(kind, context, holder, key) or _sentence(details["msg"])
     if kind == "needs":  # something else, so what is there is of no interest
         return Problem(full, expected)
     fix = None
@@ -281,6 +281,12 @@ PLAIN = {
     "less_than_equal": "must be at most {le}",
     "less_than": "must be less than {lt}",
 }
+
+
+def _sentence(message: str) -> str:
+    """Return pydantic's ``message`` as the middle of a sentence, a ValueError's own as it is."""
+    own = message.removeprefix("Value error, ")
+    return own if own != message else message[:1].lower() + message[1:]
 
 
 def _expected(kind: str, context: dict[str, Any], holder: type[Section] | None, key: str | None) -> str | None:

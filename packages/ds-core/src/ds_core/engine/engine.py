@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -206,7 +207,7 @@ class DeepSpeedEngine(EngineFace):
             return
         self.is_destroyed = True
         try:
-            self.parts.checkpoint.close()
+            self._end_saves()
         finally:
             self.parts.partition.destroy()
             for observe in self.parts.observers:
@@ -216,6 +217,15 @@ class DeepSpeedEngine(EngineFace):
             self.training_dataloader = None
             self._seeds.clear()
             self.parts = cast("Parts", _Destroyed())
+
+    def _end_saves(self) -> None:
+        checkpoint = self.parts.checkpoint
+        try:
+            # Not where an error is on its way up: the other ranks may be elsewhere.
+            if checkpoint.completes_at_commit and sys.exc_info()[1] is None:
+                checkpoint.commit()
+        finally:
+            checkpoint.close()
 
 
 class _Destroyed:

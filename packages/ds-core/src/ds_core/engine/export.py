@@ -6,23 +6,26 @@ Every function here is called by every rank; the model need not fit on any of th
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ds_core.checkpoint.files import bytes_of, write_torch_file
-from ds_core.checkpoint.huggingface import plan_layout, write_layout, writing
+from ds_core.checkpoint.folder import is_url
+from ds_core.checkpoint.huggingface import parse_dtype, parse_size, plan_layout, write_layout, writing
+from ds_core.checkpoint.local import local_path
 from ds_core.checkpoint.safetensors_format import write_stream
+from ds_core.comm import all_or_none
 from ds_core.engine.gathering import Gathering, on_rank_0
 from ds_core.engine.names import frozen_names, shared_names
-from ds_core.engine.state import extra_state_of
-from ds_core.errors import CheckpointError, ConfigError
+from ds_core.engine.restore import extra_state_of
+from ds_core.errors import CheckpointError, ConfigError, few
 from ds_core.log import log_dist
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from os import PathLike
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -31,8 +34,6 @@ if TYPE_CHECKING:
     from ds_core.engine.face import EngineFace
 
 __all__ = ["consolidated", "export_weights", "save_16bit_model"]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def export_weights(
@@ -63,9 +64,14 @@ def export_weights(
     Raises:
         CheckpointError: on every rank, with the reason of the one that failed.
     """
-    folder = Path(save_dir)
-    wanted = _dtype(dtype)
-    arguments = (str(folder), str(dtype), max_shard_size, safe_serialization)
+
+    def checked() -> tuple[Path, str | None]:
+        parse_size(max_shard_size)
+        return local_path(save_dir, "export_weights(save_dir)"), parse_dtype(dtype)
+
+    folder, word = all_or_none(checked, engine.parts.group)
+    wanted: torch.dtype | None = None if word is None else getattr(torch, word)
+    arguments = (str(folder), word, max_shard_size, safe_serialization)
     gathering = _gather(engine, wanted, exclude_frozen, "export_weights", arguments)
     shared = shared_names(engine.module)
     layout = plan_layout(
@@ -77,7 +83,7 @@ def export_weights(
         write_layout(folder, layout, lambda path, name: writer(path, name, layout, take))
 
     on_rank_0(gathering, layout.entries, write)
-    done = layout.exported(folder, _beyond(gathering, dtype))
+    done = layout.exported(folder, _beyond(gathering, word))
     log_dist(f"exported {done.tensors} tensors to {folder}", level=logging.DEBUG)
     return done
 
@@ -98,7 +104,7 @@ def save_16bit_model(
             "export_weights does so without it"
         )
         return False
-    folder = Path(save_dir)
+    folder = all_or_none(lambda: _folder_of(save_dir, save_filename), engine.parts.group)
     gathering = _gather(engine, None, exclude_frozen, "save_16bit_model", (str(folder), save_filename))
     shared = shared_names(engine.module)
     layout = plan_layout(gathering.entries, shared, max_shard_size=None, safe_serialization=True)
@@ -110,13 +116,36 @@ def save_16bit_model(
             folder.mkdir(parents=True, exist_ok=True)
             if is_safe:
                 _stream(folder / save_filename, name, layout, take)
+                if _extra_state(engine):
+                    log_dist(
+                        "extra state of modules is not in a safetensors file; use a .bin file", level=logging.WARNING
+                    )
             else:
                 _pickle(folder / save_filename, name, layout, take, _extra_state(engine))
+        _warn_of_preferred(folder, save_filename)
 
     on_rank_0(gathering, layout.entries, write)
-    if is_safe and _extra_state(engine):
-        log_dist("extra state of modules is not in a safetensors file; use a .bin file", level=logging.WARNING)
     return True
+
+
+def _warn_of_preferred(folder: Path, written: str) -> None:
+    """Warn of older files of the folder that ``transformers`` loads rather than what was just written."""
+    names = [name for name in ("model.safetensors", "model.safetensors.index.json") if (folder / name).exists()]
+    if written == "pytorch_model.bin" and names:
+        log_dist(
+            f"transformers will load {few(names)} of {folder}, which was there before, and not {written!r}, which was "
+            f"just written: remove the older weights, or pass save_filename='model.safetensors'",
+            level=logging.WARNING,
+        )
+
+
+def _folder_of(save_dir: str | PathLike[str], save_filename: str) -> Path:
+    folder = local_path(save_dir, "save_16bit_model(save_dir)")
+    if not isinstance(save_filename, str) or not save_filename or is_url(save_filename):
+        raise CheckpointError(
+            f"{save_filename!r} cannot name a file", where="save_16bit_model(save_filename)", fix="pass a plain name"
+        )
+    return folder
 
 
 def consolidated(engine: EngineFace, exclude_frozen: bool, name: str) -> dict[str, Tensor] | None:
@@ -152,7 +181,8 @@ def _gather(
     partition = engine.parts.partition
     inputs = partition.inputs
     return Gathering(
-        partition.pieces(),
+        # Also where the pieces of one rank cannot be had.
+        all_or_none(lambda: list(partition.pieces()), engine.parts.group),
         engine.parts.group,
         engine.device,
         dtype=dtype,
@@ -161,19 +191,6 @@ def _gather(
         where=f"engine.{name}",
         arguments=(arguments, exclude_frozen),
     )
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None:
-        return None
-    word = str(dtype).removeprefix("torch.")
-    if word not in _DTYPES:
-        raise CheckpointError(
-            f"weights cannot be exported as {word!r}",
-            where="dtype",
-            fix=f"one of {', '.join(_DTYPES)}, or None for what the model has",
-        )
-    return _DTYPES[word]
 
 
 def _beyond(gathering: Gathering, dtype: object) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,11 +12,12 @@ from torch import nn
 
 from ds_core import comm
 from ds_core.checkpoint.deepspeed_interface import TorchFiles
-from ds_core.engine import state
+from ds_core.engine import restore, state
 from ds_core.engine.config_getters import ConfigGetters
 from ds_core.engine.effects import without_effect_here
 from ds_core.engine.parts import Outcome
-from ds_core.errors import ConfigError, EngineError, NotBuiltError
+from ds_core.errors import ConfigError, EngineError, NoCheckpointError, NotBuiltError
+from ds_core.log import log_dist
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -263,7 +265,7 @@ class EngineFace(ConfigGetters, nn.Module):
 
     def load_module_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load ``checkpoint["module"]`` into the module; masters begin anew from it, with all digits it has."""
-        state.load_weights(self, checkpoint["module"], strict)
+        restore.load_weights(self, checkpoint["module"], strict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of the window so far; the window itself goes on."""
@@ -330,8 +332,12 @@ class EngineFace(ConfigGetters, nn.Module):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """Save everything training needs to go on; see :func:`ds_core.engine.state.save`. Every rank calls it."""
-        state.save(self, save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
+        """Save everything training needs to go on; see :func:`ds_core.engine.state.save`. Every rank calls it.
+
+        ``client_state`` is the caller's own: a dictionary of numbers, text, lists, tuples, dictionaries and tensors.
+        """
+        mine = {} if client_state is None else client_state
+        state.save(self, save_dir, tag, mine, save_latest, exclude_frozen_parameters)
         return True
 
     def load_checkpoint(
@@ -343,20 +349,41 @@ class EngineFace(ConfigGetters, nn.Module):
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
         custom_load_fn: Callable[..., None] | None = None,
-    ) -> tuple[str, dict[str, Any]]:
+    ) -> tuple[str, dict[str, Any]] | tuple[None, None]:
         """Load what :meth:`save_checkpoint` saved, at any world size; see :func:`ds_core.engine.state.load`.
 
+        Args:
+            load_dir: the folder that checkpoints were saved to.
+            tag: which of them; None: the one that ``latest`` names.
+            load_module_strict: whether model and checkpoint must have the same weights; if not, what only one of them
+                has is told in a warning. Not one weight in common is an error all the same.
+            load_optimizer_states: go on with the optimizer's state, gradients of an unfinished window included. State
+                of another kind of optimizer is left out, with a warning.
+            load_lr_scheduler_states: go on with the learning-rate schedule.
+            load_module_only: load weights and buffers, and nothing else.
+            custom_load_fn: called as ``fn(src=<state dict>, dst=engine.module)`` to load the weights its own way. If
+                the optimizer's groups have other names than the checkpoint's, the optimizer starts anew.
+
         Returns:
-            (path of the checkpoint, the client state given to ``save_checkpoint``).
+            (path of the checkpoint, the client state given to ``save_checkpoint``); (None, None), with a warning, where
+            no tag was given and no checkpoint is in the folder, or there is no such folder: nothing is loaded then.
+
+        Raises:
+            CheckpointError: on every rank, as :func:`ds_core.engine.state.load`; also where checkpoints are in the
+                folder and no ``latest`` names one.
         """
-        options = state.LoadOptions(
+        options = restore.LoadOptions(
             strict=load_module_strict,
             optimizer=load_optimizer_states and not load_module_only,
             schedule=load_lr_scheduler_states and not load_module_only,
             module_only=load_module_only,
             custom=custom_load_fn,
         )
-        return state.load(self, load_dir, tag, options)
+        try:
+            return state.load(self, load_dir, tag, options)
+        except NoCheckpointError as error:  # on every rank, and nothing was loaded on any
+            log_dist(f"nothing is loaded: {error.what} ({error.where}); {error.fix}", level=logging.WARNING)
+            return None, None
 
     # -- weights for others -----------------------------------------------------------------------------------------
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from ds_core.checkpoint.safetensors_format import Entry
-from ds_core.comm import raise_together
-from ds_core.errors import CheckpointError
+from ds_core.comm import all_or_none, raise_together, values_of_ranks
+from ds_core.errors import CheckpointError, CommError
 from ds_core.interfaces.logical import BUFFER, MASTER, WEIGHT, Chunk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
     from torch.distributed import ProcessGroup
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from ds_core.interfaces.logical import LogicalTensor, Piece
 
 __all__ = ["Gathering", "on_rank_0"]
+
+BLOCK_BYTES = 32 * 2**20
+"""Of a message at most."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,7 @@ class Gathering:
             if piece.of.kind in (WEIGHT, MASTER, BUFFER) and piece.of.name not in excluded
         }
         table = [(piece.of, piece.chunk, piece.writer) for piece in self._mine.values()]
-        tables: list[Any] = [None] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(tables, (arguments, table), group=group)
-        else:
-            tables = [(arguments, table)]
+        tables = values_of_ranks((arguments, table), group)
         differing = [rank for rank, (theirs, _) in enumerate(tables) if theirs != tables[0][0]]
         if differing:
             raise CheckpointError(
@@ -98,6 +99,16 @@ class Gathering:
                 fix="pass the same on every rank",
             )
         self._sources = _sources([rows for _, rows in tables], dtype, stored, where)
+        # What is sent and received where the content is not to be had or cannot be kept. Made before any message is
+        # announced, so that none of them depends on memory that may not be there.
+        sent = [
+            held.chunk.length * source.dtype.itemsize
+            for source in self._sources.values()
+            for held in source.held
+            if held.rank != 0
+        ]
+        nbytes = max(1, min(BLOCK_BYTES, max(sent, default=0)))
+        self._buffer = all_or_none(lambda: torch.zeros(nbytes, dtype=torch.uint8, device=device), group)
 
     @property
     def entries(self) -> list[Entry]:
@@ -115,18 +126,18 @@ class Gathering:
         """
         source = self._sources[name]
         if self.rank == 0 and [held.rank for held in source.held] == [0] and source.held[0].chunk.is_whole_box:
-            return self._own(source, source.held[0]).reshape(source.of.shape).to("cpu")
-        full = self._empty(source) if self.rank == 0 else None
+            return self._or_fail(lambda: self._own(source, source.held[0]).reshape(source.of.shape).to("cpu"))
+        full = self._or_fail(lambda: torch.empty(source.of.shape, dtype=source.dtype)) if self.rank == 0 else None
         for held in source.held:
             data: Tensor | None = None
             if held.rank == self.rank:
-                data = self._own(source, held)
+                data = self._or_fail(lambda held=held: self._own(source, held))  # type: ignore[misc]
                 if self.rank != 0:
-                    self._send(data)
+                    self._send(source, held, data)
             elif self.rank == 0:
                 data = self._receive(source, held, full)
             if full is not None and data is not None:
-                _place(full, held.chunk, data)
+                self._or_fail(lambda held=held, data=data: _place(full, held.chunk, data))  # type: ignore[misc]
         return full
 
     def agree(self) -> list[str]:
@@ -135,58 +146,78 @@ class Gathering:
         Raises:
             DsError: on every rank, if one failed.
         """
-        import torch.distributed as dist
-
         raise_together(self.failure, self.group)
-        told: list[Any] = [None] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(told, self.beyond, group=self.group)
-        else:
-            told = [self.beyond]
-        return sorted({name for names in told for name in names})
+        return sorted({name for names in values_of_ranks(self.beyond, self.group) for name in names})
 
     def _own(self, source: _Source, held: _Held) -> Tensor:
         """Return the elements of a chunk of this rank's, flat, in the dtype wanted."""
-        try:
-            data = self._mine[source.of.name, source.of.kind, held.chunk].data.detach().reshape(-1)
-            cast = data.to(source.dtype).contiguous()
-            if _is_narrower(source.dtype, data.dtype) and _became_infinite(data, cast):
-                self.beyond.append(source.of.name)
-            return cast
-        except Exception as error:
-            # Such as a device without memory: rank 0 waits for as many bytes as were announced.
-            self.failure = self.failure or error
-            return torch.zeros(held.chunk.length, dtype=source.dtype, device=self.device)
+        data = self._mine[source.of.name, source.of.kind, held.chunk].data.detach().reshape(-1)
+        cast = data.to(source.dtype).contiguous()
+        if _is_narrower(source.dtype, data.dtype) and _became_infinite(data, cast):
+            self.beyond.append(source.of.name)
+        return cast
 
-    def _empty(self, source: _Source) -> Tensor | None:
+    def _or_fail(self, work: Callable[[], _T]) -> _T | None:
+        """Return what ``work`` returns, None after a failure, such as a device without memory.
+
+        The messages that were announced are exchanged all the same: the other side waits for them.
+        """
         try:
-            return torch.empty(source.of.shape, dtype=source.dtype)
-        except (MemoryError, RuntimeError) as error:
-            # The other ranks send all the same: their chunks are received and dropped.
+            return work()
+        except Exception as error:
             self.failure = self.failure or error
             return None
 
-    def _send(self, data: Tensor) -> None:
+    def _blocks(self, nbytes: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield the start of each message of a chunk, and as much of the buffer as it has bytes."""
+        for start in range(0, nbytes, self._buffer.numel()):
+            yield start, self._buffer[: min(self._buffer.numel(), nbytes - start)]
+
+    def _send(self, source: _Source, held: _Held, data: Tensor | None) -> None:
         import torch.distributed as dist
 
-        if data.numel():
-            # Bytes, since gloo does not know every dtype.
-            dist.send(data.to(self.device).view(torch.uint8), group=self.group, group_dst=0)
+        # Bytes, since gloo does not know every dtype.
+        whole = None if data is None else self._or_fail(lambda: data.view(torch.uint8))
+        is_here = whole is not None and whole.device == self._buffer.device
+        for start, buffer in self._blocks(held.chunk.length * source.dtype.itemsize):
+            block = buffer
+            if whole is not None:
+                part = whole[start : start + buffer.numel()]
+                block = part if is_here else buffer.copy_(part)
+            with _telling_of_lost_ranks():
+                dist.send(block, group=self.group, group_dst=0)
 
     def _receive(self, source: _Source, held: _Held, full: Tensor | None) -> Tensor | None:
-        """Receive a chunk; into its place, where that is one interval of host memory, else return it."""
+        """Receive a chunk; into its place, where that is one interval, else return it."""
         import torch.distributed as dist
 
         chunk = held.chunk
-        if not chunk.length:
-            return None
-        if full is not None and self.device.type == "cpu" and chunk.box == Chunk.whole(source.of.shape).box:
+        is_interval = chunk.box == Chunk.whole(source.of.shape).box
+        target: Tensor | None = None
+        if full is not None and is_interval:
             target = full.view(-1)[chunk.offset : chunk.offset + chunk.length]
-            dist.recv(target.view(torch.uint8), group=self.group, group_src=held.rank)
-            return None
-        target = torch.empty(chunk.length, dtype=source.dtype, device=self.device)
-        dist.recv(target.view(torch.uint8), group=self.group, group_src=held.rank)
-        return target.to("cpu")
+        elif full is not None:
+            target = self._or_fail(lambda: torch.empty(chunk.length, dtype=source.dtype))
+        whole = None if target is None else target.view(torch.uint8)
+        for start, buffer in self._blocks(chunk.length * source.dtype.itemsize):
+            into = None if whole is None else whole[start : start + buffer.numel()]
+            # What cannot be kept is received and dropped.
+            block = into if into is not None and self.device.type == "cpu" else buffer
+            with _telling_of_lost_ranks():
+                dist.recv(block, group=self.group, group_src=held.rank)
+            if into is not None and block is buffer:
+                into.copy_(buffer)
+        return None if is_interval else target
+
+
+@contextmanager
+def _telling_of_lost_ranks() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise CommError(
+            f"the weights cannot be gathered, a rank is gone: {error}", fix="see why that rank ended"
+        ) from error
 
 
 def on_rank_0(
@@ -216,6 +247,8 @@ def on_rank_0(
     if gathering.rank == 0:
         try:
             work(take)
+        except CommError:
+            raise  # a rank is gone: there is nobody to take the rest from
         except Exception as error:
             gathering.failure = gathering.failure or error
     # The other ranks give all; rank 0 what is left after a failure, since they are waiting for it to take theirs.

@@ -5,6 +5,8 @@ Contract: ``ds_core.testing.checkpoint``.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,7 +22,13 @@ if TYPE_CHECKING:
     Directory = Path | str
     """Where checkpoints live: a path, or a URL as text for an engine whose ``takes_urls`` is true."""
 
-__all__ = ["CheckpointEngine", "CheckpointReader", "Directory"]
+__all__ = ["CheckpointEngine", "CheckpointReader", "Directory", "digest"]
+
+
+def digest(*parts: Any) -> str:
+    """Return a digest of what JSON can hold; equal for equal parts, in whatever process."""
+    text = json.dumps(parts, default=lambda value: dict(value) if hasattr(value, "keys") else type(value).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class CheckpointReader(ABC):
@@ -35,6 +43,15 @@ class CheckpointReader(ABC):
     @abstractmethod
     def world_size(self) -> int:
         """How many ranks wrote it."""
+
+    @property
+    def identity(self) -> str:
+        """A digest that differs from that of another save under the same tag; the ranks that load compare it.
+
+        Here that of the state and the table of tensors. An engine that knows more of a save, such as an id in the
+        names of its files, says more.
+        """
+        return digest(self.world_size, self.state, list(map(repr, self.tensors())))
 
     @abstractmethod
     def rank_state(self, rank: int) -> Mapping[str, Any]:
@@ -73,6 +90,10 @@ class CheckpointEngine(ABC):
     reads_universal: ClassVar[bool] = False
     """Whether :meth:`open` reads DeepSpeed's universal folders; if not, ``checkpoint.load_universal`` is refused."""
 
+    completes_at_commit: ClassVar[bool] = False
+    """Whether a save becomes a checkpoint only by the ranks' :meth:`commit`. Then ``engine.destroy()`` calls it before
+    :meth:`close`, on every rank, unless an error is on its way up."""
+
     def __init__(self, options: Section | None, group: ProcessGroup | None) -> None:
         """``group``: the ranks that save together; None for one process without a process group."""
         self.options, self.group = options, group
@@ -109,7 +130,9 @@ class CheckpointEngine(ABC):
         """Return the tag that ``directory/latest`` names; no collective.
 
         Raises:
-            CheckpointError: there is no such folder, or no such file in it.
+            NoCheckpointError: there is no such folder, or no checkpoint of any kind in it: ``load_checkpoint`` warns,
+                and returns (None, None).
+            CheckpointError: checkpoints are in it, but no such file.
         """
 
     def read_latest_universal(self, directory: Directory) -> str:
@@ -135,12 +158,13 @@ class CheckpointEngine(ABC):
         return
 
     def close(self) -> None:
-        """End what runs in the background, having waited for it as :meth:`commit` does; from ``engine.destroy()``.
+        """End what runs in the background, having waited for what is this rank's own; from ``engine.destroy()``.
 
-        What was saved can still be opened. Where waiting needs no other rank, as for a thread, it must not ask for
-        one: a rank that ends because of an error closes, too, and its peers may be elsewhere.
+        What was saved can still be opened. With several ranks it must not ask for another one: a rank that ends because
+        of an error closes, too, and its peers may be elsewhere. A save that only :meth:`commit` would complete is
+        discarded then, and told.
 
         Raises:
-            CheckpointError: as :meth:`commit`. Everything is let go all the same.
+            CheckpointError: a save in the background failed, or was discarded. Everything is let go all the same.
         """
         self.commit()

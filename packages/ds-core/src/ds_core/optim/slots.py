@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ds_core.checkpoint.jsonable import decode, encode
-from ds_core.errors import CheckpointError
+from ds_core.errors import CheckpointError, few
 from ds_core.interfaces.logical import BUFFER, GRADIENT, MASTER, WEIGHT, Chunk, LogicalTensor, Piece
+from ds_core.log import log_dist
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from ds_core.interfaces.checkpoint import CheckpointReader
 
@@ -20,6 +22,8 @@ __all__ = ["check_groups", "group_state", "restore_optimizer", "slot_pieces", "s
 _RESERVED = frozenset({BUFFER, GRADIENT, MASTER, WEIGHT})
 _OF_THIS_MACHINE = frozenset({"params", "fused", "foreach", "capturable", "differentiable"})
 """Options that say how an update is computed, not which: this job's own are kept."""
+_NOT_OF_THE_CLASS = _OF_THIS_MACHINE | {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+"""Options by which classes of optimizers cannot be told: those, and what schedules add to a group."""
 
 
 def slot_pieces(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> list[Piece]:
@@ -96,14 +100,18 @@ def restore_optimizer(
     reader: CheckpointReader,
     groups: Sequence[Mapping[str, Any]],
     values: Mapping[str, Any],
+    saved_by: str | None = None,
 ) -> None:
     """Give ``optimizer`` the state stored for the chunks it has here.
+
+    What another kind of optimizer kept is left out, with a warning: this one would not use it, and save it for ever.
 
     Args:
         pieces: identity of its tensors, see ``Partition.optimizer_pieces``.
         reader: the checkpoint.
         groups: what :func:`group_state` returned.
         values: what :func:`slot_values` returned.
+        saved_by: name of the class of the optimizer that was saved, where the checkpoint says it.
 
     Raises:
         CheckpointError: a slot cannot be read. The optimizer is as before.
@@ -113,6 +121,16 @@ def restore_optimizer(
     for of in reader.tensors():
         if of.kind not in _RESERVED:
             slots.setdefault(of.name, []).append(of)
+    if saved_by is not None and saved_by != type(optimizer).__name__:
+        kinds = {of.kind for stored in slots.values() for of in stored} | {
+            slot for of in values.values() for slot in of
+        }
+        if _starts_anew(optimizer, groups, saved_by, kinds):
+            slots, values = {}, {}
+            groups = [
+                {**saved, "options": {key: value for key, value in saved["options"].items() if key in group}}
+                for group, saved in zip(optimizer.param_groups, groups, strict=True)
+            ]
     wanted: list[Piece] = []
     by_name: dict[str, dict[str, Any]] = {}
     for piece in pieces:
@@ -136,6 +154,31 @@ def restore_optimizer(
     updated_in = {of.name: of.dtype for kind in (WEIGHT, MASTER) for of in reader.tensors() if of.kind == kind}
     for piece in pieces:
         _undo_casts(optimizer.state.get(piece.data, {}), by_name[piece.of.name], piece, updated_in.get(piece.of.name))
+
+
+def _starts_anew(
+    optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]], saved_by: str, slots: Collection[str]
+) -> bool:
+    """Return whether the state of an optimizer of another class is of no use to this one; tell in both cases.
+
+    Classes with equal options, or of which one derives from the other, keep the same state: ``Adam`` and ``AdamW``.
+    An optimizer that made no step has no slots that could be compared.
+    """
+    here = type(optimizer).__name__
+    what = f"the checkpoint's optimizer is {saved_by}, this job's is {here}"
+    saved_options = {key for saved in groups for key in saved["options"]} - _NOT_OF_THE_CLASS
+    own_options = {key for group in optimizer.param_groups for key in group} - _NOT_OF_THE_CLASS
+    if saved_options == own_options or saved_by in {base.__name__ for base in type(optimizer).__mro__}:
+        log_dist(f"{what}: its state is loaded", level=logging.WARNING)
+        return False
+    state = f"its state ({', '.join(sorted(slots))}) is" if slots else "its state is"
+    gone = ", ".join(sorted(saved_options - own_options))
+    log_dist(
+        f"{what}: {state} not loaded{f', nor are its options {gone}' if gone else ''}; {here} starts anew, "
+        f"with the checkpoint's {', '.join(sorted(saved_options & own_options)) or 'parameter groups'}",
+        level=logging.WARNING,
+    )
+    return True
 
 
 def _undo_casts(state: dict[str, Any], read: Mapping[str, Any], piece: Piece, was_updated_in: str | None) -> None:
@@ -178,7 +221,7 @@ def check_groups(
     else:
         index = next(i for i, (a, b) in enumerate(zip(saved, current, strict=True)) if a != b)
         gone, new = sorted(saved[index] - current[index]), sorted(current[index] - saved[index])
-        what = f"group {index} of the optimizer differs: only in the checkpoint {gone[:3]}, only here {new[:3]}"
+        what = f"group {index} of the optimizer differs: only in the checkpoint {few(gone)}, only here {few(new)}"
     raise CheckpointError(
         what,
         where="optimizer state",

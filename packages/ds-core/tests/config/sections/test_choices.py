@@ -42,6 +42,28 @@ def test_the_chosen_name_may_look_like_another() -> None:
     assert problem.fix == 'did you mean "stripes"?'
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "name", "meant"),
+    [
+        ("checkpoint", "engine", "shraded", "sharded"),
+        ("checkpoint", "engine", "Plain", "plain"),
+        ("checkpoint", "engine", "asnyc", "async"),
+        ("precision", "type", "torch_autocst", "torch_autocast"),
+        ("partition", "type", "replicate", "replicated"),
+    ],
+)
+def test_a_slip_of_the_chosen_name(section: str, key: str, name: str, meant: str) -> None:
+    (problem,) = find_problems({section: {key: name}})
+    assert problem.path == f"{section}.{key}"
+    assert problem.text == f'got "{name}", and no plugin is called so'
+    assert problem.fix == f'did you mean "{meant}"?'
+
+
+@pytest.mark.parametrize("name", ["plain", "sharded", "async", "streams", "mine", "fp8"])
+def test_a_chosen_name_that_is_here_or_may_be_elsewhere(name: str) -> None:
+    assert find_problems({"checkpoint": {"engine": name}}) == []
+
+
 def test_short_names_differ_by_one_letter_on_purpose() -> None:
     assert find_problems({"precision": {"fp8": {}, "fp6": {}}}) == []
 

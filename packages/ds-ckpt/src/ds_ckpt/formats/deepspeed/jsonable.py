@@ -28,6 +28,7 @@ _MAX_TEXT = 128 * 2**20
 _MAX_TENSOR_BYTES = 2**20
 """As in ``ds_core.checkpoint.jsonable``: a larger tensor does not belong into client state."""
 _MAX_INT = 2**256
+_MAX_REASONS = 1000
 
 
 class Encoder:
@@ -49,6 +50,26 @@ class Encoder:
             CheckpointError: naming the key of what cannot be kept.
         """
         return self._encode(value, where, 0)
+
+    def encode_each(self, values: Mapping[Any, Any], where: str) -> tuple[Any, dict[str, str]]:
+        """Return a dictionary of the caller's as JSON, and of each value that cannot be kept its key and why.
+
+        Raises:
+            CheckpointError: there are too many of those.
+        """
+        kept: dict[Any, Any] = {}
+        reasons: dict[str, str] = {}
+        for key, value in values.items():
+            try:
+                kept[key] = self.encode(value, f"{where}.{str(key)[:80]}")
+            except CheckpointError as error:
+                if len(reasons) >= _MAX_REASONS:
+                    raise
+                place = (error.where or "").removeprefix(f"{self.folder}, ")
+                reasons[str(key).encode("utf-8", "replace").decode("utf-8")[:500]] = f"{error.what} ({place})"
+        if all(type(key) is str and key != _TAG for key in kept):
+            return {self._text(key, where): value for key, value in kept.items()}, reasons
+        return {_TAG: "dict", "value": [[self.encode(key, where), value] for key, value in kept.items()]}, reasons
 
     def _encode(self, value: Any, where: str, depth: int) -> Any:
         self.values += 1

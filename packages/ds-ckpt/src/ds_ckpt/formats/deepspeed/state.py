@@ -168,9 +168,7 @@ def state_of(
         "plan": plan,
         "loss_scale": scaling.scale,
         "scaler": dict(scaling.learnt) if precision in ("Fp16", "TorchAutocast") else {},
-        "extra_state": _extra_state(model, encoder),
         "excluded": sorted(excluded),
-        "client_state": _client_state(model, encoder),
     }
     state["shared"] = encoder.encode(
         {logical_name(alias): logical_name(name) for alias, name in shared.items()}, "shared_params"
@@ -185,21 +183,26 @@ def state_of(
     schedule = model.get("lr_scheduler")
     if schedule is not None:
         state["schedule"] = encoder.encode(schedule.value, "lr_scheduler")
+    # Last: one of them may use up all that values may take together. It is missed when it is asked for.
+    for name, values in (("extra_state", _extra_state(model)), ("client_state", _client_state(model))):
+        state[name], reasons = encoder.encode_each(values, name)
+        if reasons:
+            state[f"{name}_missing"] = reasons
     return state
 
 
-def _client_state(model: Field, encoder: Encoder) -> Any:
-    return encoder.encode({key: value for key, value in model.object().items() if key not in _INTERNAL}, "client_state")
+def _client_state(model: Field) -> dict[Any, Any]:
+    return {key: value for key, value in model.object().items() if key not in _INTERNAL}
 
 
-def _extra_state(model: Field, encoder: Encoder) -> dict[str, Any]:
+def _extra_state(model: Field) -> dict[str, Any]:
     """Return what modules gave with ``get_extra_state``, which torch keeps among the weights."""
     module = model.get("module")
     found = {}
     for key, value in module.object().items() if module is not None else ():
         if isinstance(key, str) and is_extra_state(key):
             name = key.removesuffix(_EXTRA_STATE).rstrip(".")
-            found[logical_name(name)] = encoder.encode(value, f"extra state of {name!r}")
+            found[logical_name(name)] = value
     return found
 
 

@@ -67,6 +67,11 @@ def read_torch_file(folder: Path, name: str, limits: Limits | None = None) -> To
                 raise _damaged(f"it begins with {head!r}" if head else "it is empty", name)
     except OSError as error:
         raise damaged(f"a file of the checkpoint cannot be read: {error.strerror or error}", folder, name) from error
+    except CheckpointError as error:
+        if not (error.where or "").startswith(name):
+            raise
+        # What parses a file knows it by its name alone.
+        raise CheckpointError(error.what, where=f"{folder}/{error.where}", fix=error.fix) from error.__cause__
     return TorchFile(name, nbytes, value)
 
 

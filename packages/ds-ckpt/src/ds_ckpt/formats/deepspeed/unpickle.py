@@ -20,7 +20,7 @@ from ds_ckpt.formats.deepspeed.values import Global, Record, Storage, TensorRef
 from ds_core.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from mmap import mmap
 
 __all__ = ["Limits", "Unpickled", "unpickle"]
@@ -35,6 +35,12 @@ class Limits:
     marks: int = 1000
     """Containers being filled at the same time."""
     int_bytes: int = 64
+    containers: int = 1_000_000
+    """Lists, dictionaries, sets and objects: some 240 bytes of memory each, made by an opcode of one byte."""
+    tuples: int = 4_000_000
+    """Some 60 bytes each; a tensor has four of them."""
+    memo: int = 4_000_000
+    """Values that are remembered, some 90 bytes each."""
     tensors: int = 2_000_000
     storages: int = 2_000_000
     copied: int = 64 * 2**20
@@ -95,7 +101,7 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, Storage] = {}
-        self.tensors = 0
+        self.tensors = self.containers = self.tuples = 0
         self.copied = 0
 
     def run(self) -> Any:
@@ -173,11 +179,24 @@ class _Machine:
         del self.stack[at:]
         return found
 
+    # Containers.
+
+    def hold(self, made: Any) -> None:
+        """Push a new container."""
+        self.containers += 1
+        if self.containers > self.limits.containers:
+            raise _BadError(f"it has more than {self.limits.containers} containers")
+        self.push(made)
+
+    def hold_tuple(self, items: Iterable[Any]) -> None:
+        self.tuples += 1
+        if self.tuples > self.limits.tuples:
+            raise _BadError(f"it has more than {self.limits.tuples} tuples")
+        self.push(tuple(items))
+
     def tuple_of(self, count: int) -> None:
         items = [self.pop() for _ in range(count)]
-        self.push(tuple(reversed(items)))
-
-    # Containers.
+        self.hold_tuple(reversed(items))
 
     def append(self, items: list[Any]) -> None:
         self.top(list).extend(items)
@@ -203,14 +222,14 @@ class _Machine:
             raise _BadError(str(error)) from None
 
     def dict_of(self, items: list[Any]) -> None:
-        self.push({})
+        self.hold({})
         self.set_items(items)
 
     def frozen_set(self) -> None:
         items = self.since_mark()
         for item in items:
             self.key(item)
-        self.push(frozenset(items))
+        self.hold(frozenset(items))
 
     # Memory.
 
@@ -218,6 +237,8 @@ class _Machine:
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
             raise _BadError("it remembers a value that is not there")
         self.memo[index] = self.stack[-1]
+        if len(self.memo) > self.limits.memo:
+            raise _BadError(f"it remembers more than {self.limits.memo} values")
 
     def get(self, index: int) -> None:
         if index not in self.memo:
@@ -242,13 +263,20 @@ class _Machine:
         args, function = self.pop(), self.pop()
         if type(function) is not Global or type(args) is not tuple:
             raise _BadError("it calls something that is no name")
-        self.push(self.call(function, args))
+        self.hold_called(function, args)
 
     def new_object(self) -> None:
         args, kind = self.pop(), self.pop()
         if type(kind) is not Global or type(args) is not tuple:
             raise _BadError("it makes an object of something that is no name")
-        self.push(self.call(kind, args))
+        self.hold_called(kind, args)
+
+    def hold_called(self, function: Global, args: tuple[Any, ...]) -> None:
+        found = self.call(function, args)
+        if type(found) is Record or type(found) in _SIZED:
+            self.hold(found)
+        else:
+            self.push(found)
 
     def call(self, function: Global, args: tuple[Any, ...]) -> Any:
         if function in RECORDS:
@@ -406,12 +434,12 @@ _HANDLERS: dict[int, Callable[[_Machine], None]] = {
         "C": _sized("<B", _raw),
         "B": _sized("<I", _raw),
         "\x8e": _sized("<Q", _raw),
-        "}": _push(lambda machine: {}),
-        "]": _push(lambda machine: []),
+        "}": lambda machine: machine.hold({}),
+        "]": lambda machine: machine.hold([]),
         ")": _push(lambda machine: ()),
-        "\x8f": _push(lambda machine: set()),
-        "t": _push(lambda machine: tuple(machine.since_mark())),
-        "l": _push(lambda machine: machine.since_mark()),
+        "\x8f": lambda machine: machine.hold(set()),
+        "t": lambda machine: machine.hold_tuple(machine.since_mark()),
+        "l": lambda machine: machine.hold(machine.since_mark()),
         "d": lambda machine: machine.dict_of(machine.since_mark()),
         "\x91": _Machine.frozen_set,
         "\x85": lambda machine: machine.tuple_of(1),

@@ -52,7 +52,7 @@ class Storage:
 
 @dataclass(frozen=True, eq=False)
 class TensorRef:
-    """A view of a storage; checked to lie inside it and to have no element twice."""
+    """A view of a storage; checked to lie inside it and to have no more elements than it, be some there twice."""
 
     storage: Storage
     offset: int

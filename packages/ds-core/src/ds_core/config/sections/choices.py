@@ -62,8 +62,10 @@ def _upper(value: Any) -> Any:
     return value.upper() if isinstance(value, str) else value
 
 
-OF_THE_ENGINE = NoEffect("how files are written is up to the engine, see checkpoint.sharded for its options")
-ALL_WRITE = NoEffect("every rank writes its part, in as many threads as checkpoint.sharded.writers says")
+OF_THE_ENGINE = NoEffect(
+    "how files are written is up to the engine, whose options are in checkpoint.sharded or checkpoint.async"
+)
+ALL_WRITE = NoEffect("every rank writes its part, in as many threads as writers in the section of the engine says")
 NOTHING_WRITTEN = NotBuilt(
     "FAST",
     "PYTHON",
@@ -126,8 +128,8 @@ class CheckpointSection(ChoiceSection):
     """What to do when ranks save under different tags; any case."""
     load_universal: bool = False
     """``load_checkpoint`` without a tag takes the one that ``latest_universal`` names, written by DeepSpeed's
-    ``ds_to_universal``; where there is no such file, the one in ``latest`` if it is a checkpoint of ours. Needs
-    ds-ckpt."""
+    ``ds_to_universal``; where there is no such file, the one in ``latest``, with a warning if DeepSpeed wrote
+    it. Needs ds-ckpt."""
     use_node_local_storage: Annotated[
         bool,
         NotBuilt(
