@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup, Work
 
+# torch 2.13 renamed them, and warns of the old names.
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 __all__ = ["ReduceScatter", "all_gather", "reduce_scatter"]
 
 
@@ -42,7 +46,7 @@ class _Direct(ReduceScatter):
     def __init__(self, whole: Tensor, group: ProcessGroup) -> None:
         self._whole = whole  # the collective reads it until it is done
         self._mine = torch.empty(whole.numel() // dist.get_world_size(group), dtype=whole.dtype, device=whole.device)
-        self._work: Work = dist.reduce_scatter_tensor(self._mine, whole, group=group, async_op=True)
+        self._work: Work = _REDUCE_SCATTER(self._mine, whole, group=group, async_op=True)
 
     def wait(self) -> Tensor:
         self._work.wait()
@@ -79,5 +83,5 @@ def all_gather(whole: Tensor, rank: int, group: ProcessGroup) -> Work:
     """Start to fill ``whole``, ``[world_size * segment]``, with the segments of all ranks; this rank's is in place."""
     segment = whole.numel() // dist.get_world_size(group)
     mine = whole[rank * segment : (rank + 1) * segment]
-    work: Work = dist.all_gather_into_tensor(whole, mine, group=group, async_op=True)
+    work: Work = _ALL_GATHER(whole, mine, group=group, async_op=True)
     return work

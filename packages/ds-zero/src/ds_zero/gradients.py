@@ -15,7 +15,7 @@ this rank sent was finite. Nobody reads them but a step that has overflowed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -121,6 +121,7 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
     def begin(self, *, reduce: bool) -> None:
         self._at_boundary = reduce
         super().begin(reduce=reduce or self._every_backward)
+        self._ends_window = reduce
 
     def reopen(self) -> None:
         if self._used is None:

@@ -31,6 +31,7 @@ DEFAULT_BUCKET_BYTES = 25 * 2**20
 class _Stage12(Partition):
     """What both stages do; they differ in when gradients are reduced."""
 
+    divides = True
     every_backward: ClassVar[bool]
 
     def __init__(self, inputs: PartitionInputs) -> None:
@@ -147,6 +148,12 @@ class _Stage12(Partition):
         """Return whether the optimizer of another rank looks after all of ``param``."""
         bucket, place = self._place[param]
         return self.inputs.whole_tensors and bucket.layout.owner(place) != self._rank
+
+    def reduced_gradient(self, param: nn.Parameter) -> Tensor | None:
+        bucket, place = self._place[param]
+        if not self._gradients.is_reduced or not self._gradients.is_used(bucket, place):
+            return None
+        return self._gradients.own(bucket, place)
 
     def find_overflow(self) -> OverflowSource:
         found = self._gradients.non_finite()

@@ -103,9 +103,7 @@ class ShardedWeights:
         """Cast masters into this rank's segments, and bring every segment to every rank. Collective."""
         cast = [shard for shard in self._with_master() if shard.share.length]
         if cast:
-            torch._foreach_copy_(
-                [shard.weight for shard in cast], [shard.updated.detach().view(-1) for shard in cast]
-            )
+            torch._foreach_copy_([shard.weight for shard in cast], [shard.updated.detach().view(-1) for shard in cast])
         works = [all_gather(flat, self._rank, self._group) for flat in self._flats]
         for work in works:
             work.wait()

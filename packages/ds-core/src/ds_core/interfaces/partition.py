@@ -86,6 +86,8 @@ class Partition(ABC):
 
     Config: ClassVar[type[Section] | None] = None
     """Options of its own, ``partition.<name>``."""
+    divides: ClassVar[bool] = False
+    """Whether the optimizer of each rank updates a part of its own; if not, all of them update the same."""
 
     def __init__(self, inputs: PartitionInputs) -> None:
         """Collective over ``inputs.group``. May cast or move parameters and put hooks on them and their modules."""
@@ -131,6 +133,15 @@ class Partition(ABC):
 
         A parameter that somebody wrote to in place since :meth:`publish` is where its master goes on from.
         A parameter that no rank used has ``.grad`` None.
+        """
+
+    @abstractmethod
+    def reduced_gradient(self, param: nn.Parameter) -> Tensor | None:
+        """Return the reduced gradient of what this rank updates of ``param``, as long as there is one.
+
+        From the end of the backward that ends a window to :meth:`clear_gradients`; in the dtype it accumulated in, with
+        the elements of the parameter's :meth:`optimizer_pieces`, in place: writing to it changes the coming step. None
+        before, and where no rank used the parameter.
         """
 
     @abstractmethod

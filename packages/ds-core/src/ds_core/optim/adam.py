@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from ds_core.log import log_dist
+from ds_core.optim.elementwise import elementwise
 
 __all__ = ["adam", "adamw"]
 
 
+@elementwise
 def adam(
     param_groups: list[dict[str, Any]],
     *,
@@ -63,6 +65,7 @@ def adam(
     )
 
 
+@elementwise
 def adamw(
     param_groups: list[dict[str, Any]],
     *,

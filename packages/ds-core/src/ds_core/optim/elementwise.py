@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from ds_core.interfaces.optimizer import ELEMENTWISE
 
-__all__ = ["is_elementwise"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["elementwise", "is_elementwise"]
+
+FactoryT = TypeVar("FactoryT", bound="Callable[..., Any]")
+
 
 _OF_TORCH = (
     torch.optim.SGD,
@@ -27,6 +33,12 @@ _OF_TORCH = (
 """Not Adafactor (factors of rows and columns, a norm) and Muon (matrices)."""
 
 
+def elementwise(factory: FactoryT) -> FactoryT:
+    """Mark a class, or a function that builds an optimizer, as one whose optimizers update each element by itself."""
+    setattr(factory, ELEMENTWISE, True)
+    return factory
+
+
 def is_elementwise(optimizer: Any) -> bool:
     """Return whether ``optimizer`` updates each element from its own gradient and state alone.
 
@@ -36,6 +48,6 @@ def is_elementwise(optimizer: Any) -> bool:
     """
     while isinstance(optimizer, functools.partial):
         optimizer = optimizer.func
-    cls = type(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else optimizer
-    # What a subclass does in its step, its base does not know.
-    return cls in _OF_TORCH or vars(cls).get(ELEMENTWISE) is True if isinstance(cls, type) else False
+    made_by = type(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+    # Said by itself: what a subclass does in its step, its base does not know.
+    return made_by in _OF_TORCH or getattr(made_by, "__dict__", {}).get(ELEMENTWISE) is True

@@ -225,7 +225,7 @@ class OrderedBuckets(GradientWindow, Generic[BucketT]):
             )
         if self._started and not self._aborted:
             self.wait()
-        self._aborted = False
+        self._aborted = self.is_reduced = False
         self._started = 0
         for bucket in self.buckets:
             for param in bucket.params:

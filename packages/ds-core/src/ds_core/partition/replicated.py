@@ -117,6 +117,9 @@ class ReplicatedPartition(Partition):
         gradients = [self._masters.of(param).grad for param in self._params]
         return [gradient for gradient in gradients if gradient is not None]
 
+    def reduced_gradient(self, param: nn.Parameter) -> Tensor | None:
+        return param.grad if self._gradients.is_reduced else None
+
     def find_overflow(self) -> OverflowSource:
         # Reduced gradients are the same on every rank, so nobody has to ask the others.
         found = self._gradients.non_finite()

@@ -59,8 +59,10 @@ class GradientWindow(ABC):
         """Parameters whose gradient has another dtype than they have."""
         # Also where the window is dropped without detach(): the model's next optimizer expects gradients as they were.
         weakref.finalize(self, _give_back_dtypes, self._own_dtype).atexit = False
-        self._in_backward = False
+        self._in_backward = self._ends_window = False
         self._aborted = False
+        self.is_reduced = False
+        """Whether the last backward ended a window, and nothing was cleared or added since."""
         self._handles: list[RemovableHandle] = []
 
     def check_in_backward(self, param: Tensor) -> None:
@@ -96,10 +98,13 @@ class GradientWindow(ABC):
         """Expect the gradients of one backward; ``reduce``: of the last one in the window."""
         self.check_whole()
         self._in_backward = True
+        self.is_reduced = False
+        self._ends_window = reduce
 
     def end(self) -> None:
         """Autograd is done."""
         self._in_backward = False
+        self.is_reduced = self._ends_window
 
     def abort(self) -> None:
         """Autograd raised. Collectives may be under way whose peers never come, so nothing is awaited."""
@@ -201,7 +206,7 @@ class LocalGradients(GradientWindow):
         return found
 
     def clear(self) -> None:
-        self._aborted = False
+        self._aborted = self.is_reduced = False
         for param in self._params:
             param.grad = None
 
