@@ -110,5 +110,4 @@ def test_a_resume_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     words = [sys.executable, EXAMPLES / "gpt" / "train.py", "--out", tmp_path / "none", "--resume", *TINY]
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0
-    assert "CheckpointError" in done.stderr
-    assert str(tmp_path / "none") in done.stderr
+    assert f"there is no checkpoint in {tmp_path / 'none'} to go on from" in done.stderr

@@ -34,7 +34,9 @@ def load_model(folder: Path) -> GPT:
     # Without an optimizer an engine only runs forward, and without a precision it does so in fp32: after training in a
     # lower one the weights are those of the optimizer, its fp32 masters.
     engine, *_ = ds_core.initialize(model=model, config={"train_batch_size": 1, "log_level": "warning"})
-    engine.load_checkpoint(folder, load_module_only=True)
+    path, _ = engine.load_checkpoint(folder, load_module_only=True)
+    if path is None:
+        raise SystemExit(f"there is no checkpoint in {folder}: train.py saves one")
     return engine.module.eval()
 
 

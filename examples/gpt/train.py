@@ -60,7 +60,9 @@ def main() -> None:
     client_state = {"seconds": 0.0}
     if args.resume:
         # Weights, optimizer, schedule, random state and the position in the data; client_state is what we had saved.
-        _, client_state = engine.load_checkpoint(args.out)
+        path, client_state = engine.load_checkpoint(args.out)
+        if path is None:
+            raise SystemExit(f"there is no checkpoint in {args.out} to go on from: leave --resume out to start anew")
     train(engine, loader, args, seconds_before=client_state["seconds"])
     engine.destroy()
     comm.destroy_process_group()

@@ -23,6 +23,7 @@ from ds_core.checkpoint import flight
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import Chunk, LogicalTensor, Piece, Snapshot
 from ds_core.testing.checkpoint import check_content, save_and_commit, snapshot
+from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 from ds_core.testing.memory import LiveStorage
 from ds_core.testing.ranks import run_ranks
 

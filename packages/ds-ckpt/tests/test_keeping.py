@@ -23,6 +23,7 @@ from ds_core.checkpoint.plain import PlainCheckpoint
 from ds_core.errors import DsError
 from ds_core.interfaces.logical import Chunk, LogicalTensor, Piece, Snapshot
 from ds_core.testing import crash
+from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 
 if TYPE_CHECKING:
     from pathlib import Path

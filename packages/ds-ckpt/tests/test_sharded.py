@@ -13,6 +13,7 @@ from ds_core.checkpoint.plain import PlainCheckpoint
 from ds_core.errors import CheckpointError, DsError
 from ds_core.interfaces.logical import Chunk, LogicalTensor, Piece, Snapshot
 from ds_core.testing.checkpoint import check_content, snapshot
+from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 from ds_core.testing.memory import LiveStorage
 
 

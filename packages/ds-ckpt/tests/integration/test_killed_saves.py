@@ -113,6 +113,8 @@ def save(folder: Path, rank: int, world_size: int, store: Path, tag: str, versio
             world_size=world_size,
             timeout=datetime.timedelta(seconds=TIMEOUT_S),
         )
+        # Which rank makes the folder is a race, and with it every later operation would have another number in each run.
+        (folder / tag).mkdir(exist_ok=True)
     given = snapshot(version, rank, world_size)
     crash.ready()
     engine_of(world_size).save(folder, tag, given, latest=True)

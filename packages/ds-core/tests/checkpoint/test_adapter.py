@@ -18,6 +18,7 @@ from ds_core.checkpoint.plain import PlainCheckpoint
 from ds_core.config import PositiveInt, Section
 from ds_core.errors import CheckpointError
 from ds_core.testing.checkpoint import CheckpointEngineContract, check_content, snapshot
+from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 from ds_core.testing.ranks import run_ranks
 
 

@@ -14,6 +14,7 @@ import ds_core
 from ds_core.checkpoint import deepspeed_interface
 from ds_core.checkpoint.deepspeed_interface import CheckpointCommitInfo, CheckpointEngine, TorchFiles
 from ds_core.errors import CheckpointError, EngineError
+from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 
 INFO = CheckpointCommitInfo("tag", "runs", True)
 

@@ -11,6 +11,7 @@ import torch
 import ds_core
 from ds_core.checkpoint.partly import Partly, values_of
 from ds_core.errors import CheckpointError
+from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 
 
 @pytest.fixture

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ds_core.checkpoint.folder import is_deepspeed
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ds_ckpt.stored import Stored
 
 __all__ = ["is_deepspeed", "read_deepspeed"]
-
-
-def is_deepspeed(folder: Path) -> bool:
-    """Return whether ``folder``, of a tag, has files named as DeepSpeed names them."""
-    return next(folder.glob("*_states.pt"), None) is not None or (folder / "zero" / "optimizer_state.pt").is_file()
 
 
 def read_deepspeed(folder: Path) -> Stored:
