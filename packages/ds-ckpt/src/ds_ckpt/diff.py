@@ -5,6 +5,9 @@ float64. Where both checkpoints have the same checksum for the same part of a te
 
 Note: masters. A checkpoint of DeepSpeed's at stage 3 has no weights in 16 bits, only the masters they are cast from.
 Where one checkpoint has both and the other the master alone, its weight is the master, cast.
+
+Note: stages. The stage says how the ranks that saved had divided among them what is stored, like their number, and is
+nothing that training goes on from. Inside an accumulation window it is: gradients are those of a rank at its stage.
 """
 
 from __future__ import annotations
@@ -95,7 +98,7 @@ def compare(
     with_state: bool = True,
     progress: Callable[[int, int], object] | None = None,
 ) -> Difference:
-    """Return what differs between ``a`` and ``b``; who wrote them, in what format and on how many ranks does not count.
+    """Return what differs between ``a`` and ``b``; in what format, on how many ranks and at what stage does not count.
 
     A weight of one and a master of the other are compared where neither has its own counterpart: a master is the
     weight before it was cast. Where one has both and the other the master alone, the weight is compared with that
@@ -293,7 +296,11 @@ def _numbers(values: Array, dtype: str) -> Array:
 
 
 def _states(a: Stored, b: Stored, tolerance: float) -> Iterator[StateDifference]:
-    yield from _differing_leaves(a.state, b.state, "", tolerance)
+    one, two = dict(a.state), dict(b.state)
+    if not one.get("in_window") and not two.get("in_window"):
+        one.pop("stage", None)
+        two.pop("stage", None)
+    yield from _differing_leaves(one, two, "", tolerance)
     if len(a.rank_states) == len(b.rank_states):
         for rank, (one, two) in enumerate(zip(a.rank_states, b.rank_states, strict=True)):
             yield from _differing_leaves(one, two, f"rank_state[{rank}]", tolerance)
