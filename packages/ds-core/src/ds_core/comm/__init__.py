@@ -21,8 +21,12 @@ from ds_core.comm.groups import (
     wait_before_destroy,
 )
 from ds_core.comm.together import all_or_none, broadcast_tensors, raise_together, same_on_all_ranks, values_of_ranks
+from ds_core.comm.watch import Collective, CollectiveWatch, Traffic
 
 __all__ = [
+    "Collective",
+    "CollectiveWatch",
+    "Traffic",
     "all_or_none",
     "barrier",
     "broadcast_tensors",

@@ -13,7 +13,9 @@ def reset_globals() -> None:
     A module that was never imported is not imported for this. Call it between tests that touch such state; it is
     not collective, so ranks must have finished with the process group.
     """
-    # The group goes first: what made it may ask the accelerator for a device while it is taken down.
+    if (watch := sys.modules.get("ds_core.comm.watch")) is not None:
+        watch._tap.clear()
+    # Then the group goes: what made it may ask the accelerator for a device while it is taken down.
     if (comm := sys.modules.get("ds_core.comm")) is not None and comm.is_initialized():
         comm.destroy_process_group()
     if (dist := sys.modules.get("torch.distributed")) is not None and dist.is_available() and dist.is_initialized():
