@@ -1,18 +1,19 @@
 """The two collectives of stages 1 and 2, each by the primitive that is fastest on the backend.
 
-Note: measured. gloo's ``reduce_scatter_tensor`` takes 2 to 3 times its ``all_reduce`` at 4 to 50 MB, an
-``all_to_all_single`` and a sum here 1.0 times. nccl has a ring of its own for each. So:
+Note: measured. gloo's ``reduce_scatter_tensor`` takes 2 to 3 times its ``all_reduce`` at 4 to 50 MB; that every rank
+sends every other its segment, and each sums what it got, 0.7 times. Its ``all_gather_into_tensor`` takes twice what
+that takes: it copies each segment once more. nccl has a ring of its own for both. So:
 
 | | gloo | others |
 |---|---|---|
-| reduce-scatter | ``all_to_all_single``, then a local sum | ``reduce_scatter_tensor`` |
-| all-gather | ``all_gather_into_tensor`` | ``all_gather_into_tensor`` |
+| reduce-scatter | ``isend`` and ``irecv`` of segments, then a local sum | ``reduce_scatter_tensor`` |
+| all-gather | ``isend`` and ``irecv`` of segments | ``all_gather_into_tensor`` |
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,63 +26,149 @@ if TYPE_CHECKING:
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-__all__ = ["ReduceScatter", "all_gather", "reduce_scatter"]
+__all__ = ["Awaited", "ReduceScatter", "all_gather", "received_numel", "reduce_scatter"]
+
+
+class Awaited(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> object:
+        """Return when it is done; on a GPU only the current stream waits."""
+
+
+def sends_segments(group: ProcessGroup, device: torch.device) -> bool:
+    """Return whether ranks send each other their segments; else the backend has a collective that is faster."""
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    return backends.get(device.type) == "gloo"
+
+
+def received_numel(segment: int, group: ProcessGroup, device: torch.device) -> int:
+    """Return how many elements of memory :func:`reduce_scatter` receives into."""
+    return segment * (dist.get_world_size(group) - 1) if sends_segments(group, device) else segment
 
 
 class ReduceScatter(ABC):
     """A reduce-scatter under way."""
 
-    @abstractmethod
-    def wait(self) -> Tensor:
-        """Return this rank's segment of the sum over the ranks, ``[segment]``, in the dtype of the input.
+    def __init__(self, whole: Tensor, received: Tensor, group: ProcessGroup) -> None:
+        self.whole, self.received = whole, received
+        rank, segment = dist.get_rank(group), whole.numel() // dist.get_world_size(group)
+        self.own = whole[rank * segment : (rank + 1) * segment]
 
-        On a GPU only the current stream waits.
+    @abstractmethod
+    def wait(self) -> ReduceScatter:
+        """Return when the others' part is here; on a GPU only the current stream waits.
 
         Raises:
             RuntimeError: the backend's: another rank is gone.
         """
 
+    @abstractmethod
+    def sum_into(self, shard: Tensor, *, add: bool) -> None:
+        """Write this rank's segment of the sum over the ranks to ``shard``, or add it. After :meth:`wait`.
+
+        Args:
+            shard: ``[segment]``, in the dtype of the input or a wider one; may be this rank's segment of the input.
+            add: add to what is there.
+        """
+
 
 class _Direct(ReduceScatter):
-    def __init__(self, whole: Tensor, group: ProcessGroup) -> None:
-        self._whole = whole  # the collective reads it until it is done
-        self._mine = torch.empty(whole.numel() // dist.get_world_size(group), dtype=whole.dtype, device=whole.device)
-        self._work: Work = _REDUCE_SCATTER(self._mine, whole, group=group, async_op=True)
+    def __init__(self, whole: Tensor, received: Tensor, group: ProcessGroup) -> None:
+        super().__init__(whole, received, group)
+        self._work: Work = _REDUCE_SCATTER(received, whole, group=group, async_op=True)
 
-    def wait(self) -> Tensor:
+    def wait(self) -> ReduceScatter:
         self._work.wait()
-        return self._mine
+        return self
+
+    def sum_into(self, shard: Tensor, *, add: bool) -> None:
+        if add:
+            shard.add_(self.received)
+        else:
+            shard.copy_(self.received)
 
 
 class _Exchanged(ReduceScatter):
-    def __init__(self, whole: Tensor, group: ProcessGroup) -> None:
-        self._whole, self._world_size = whole, dist.get_world_size(group)
-        self._parts = torch.empty_like(whole)
-        self._work: Work = dist.all_to_all_single(self._parts, whole, group=group, async_op=True)
+    def __init__(self, whole: Tensor, received: Tensor, group: ProcessGroup) -> None:
+        super().__init__(whole, received, group)
+        segment = self.own.numel()
+        others = _others(group)
+        self._parts = [received[at * segment : (at + 1) * segment] for at in range(len(others))]
+        self._work = _Transfers(group)
+        for other, part in zip(others, self._parts, strict=True):
+            self._work.receive(part, other)
+            self._work.send(whole[other * segment : (other + 1) * segment], other)
 
-    def wait(self) -> Tensor:
+    def wait(self) -> ReduceScatter:
         self._work.wait()
-        parts = self._parts.view(self._world_size, -1)
-        if self._world_size == 2:
-            return parts[0].add_(parts[1])
-        # Sixteen bits: summed in fp32 and rounded once, instead of once per rank.
-        return parts.sum(0, dtype=torch.float32 if parts.dtype.itemsize < 4 else None).to(parts.dtype)
+        return self
+
+    def sum_into(self, shard: Tensor, *, add: bool) -> None:
+        first, *rest = [shard, self.own, *self._parts] if add else [self.own, *self._parts]
+        if shard.dtype.itemsize < 4 and len(rest) > 1:
+            # Sixteen bits: summed in fp32 and rounded once, instead of once per rank.
+            total = first.to(torch.float32)
+            for part in rest:
+                total += part
+            shard.copy_(total)
+            return
+        if rest and shard.dtype == first.dtype:
+            torch.add(first, rest.pop(0), out=shard)
+        elif shard is not first:
+            shard.copy_(first)
+        for part in rest:
+            shard += part
 
 
-def reduce_scatter(whole: Tensor, group: ProcessGroup) -> ReduceScatter:
+class _Transfers:
+    """Segments on their way between this rank and others."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
+        self._works: list[Work | None] = []
+
+    def send(self, segment: Tensor, to: int) -> None:
+        if segment.numel():
+            self._works.append(dist.isend(segment, group=self._group, group_dst=to))
+
+    def receive(self, segment: Tensor, sender: int) -> None:
+        if segment.numel():
+            self._works.append(dist.irecv(segment, group=self._group, group_src=sender))
+
+    def wait(self) -> None:
+        for work in self._works:
+            assert work is not None, "this rank is not in its group"
+            work.wait()
+
+
+def _others(group: ProcessGroup) -> list[int]:
+    """Return the other ranks of ``group``, each rank another one first, so that not all send to the same."""
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    return [(rank + step) % world_size for step in range(1, world_size)]
+
+
+def reduce_scatter(whole: Tensor, received: Tensor, group: ProcessGroup) -> ReduceScatter:
     """Start to sum ``whole`` over the ranks and to give each its segment.
 
     Args:
         whole: ``[world_size * segment]``, contiguous; not to be written to before :meth:`ReduceScatter.wait`.
+        received: ``[received_numel(segment)]`` of the same dtype, to be left alone until the sum was taken.
         group: all its ranks call this, in the same order.
     """
-    kind = _Exchanged if dist.get_backend(group) == "gloo" else _Direct
-    return kind(whole, group)
+    kind = _Exchanged if sends_segments(group, whole.device) else _Direct
+    return kind(whole, received, group)
 
 
-def all_gather(whole: Tensor, rank: int, group: ProcessGroup) -> Work:
+def all_gather(whole: Tensor, group: ProcessGroup) -> Awaited:
     """Start to fill ``whole``, ``[world_size * segment]``, with the segments of all ranks; this rank's is in place."""
-    segment = whole.numel() // dist.get_world_size(group)
+    rank, segment = dist.get_rank(group), whole.numel() // dist.get_world_size(group)
     mine = whole[rank * segment : (rank + 1) * segment]
-    work: Work = _ALL_GATHER(whole, mine, group=group, async_op=True)
-    return work
+    if not sends_segments(group, whole.device):
+        work: Work = _ALL_GATHER(whole, mine, group=group, async_op=True)
+        return work
+    transfers = _Transfers(group)
+    for other in _others(group):
+        transfers.receive(whole[other * segment : (other + 1) * segment], other)
+        transfers.send(mine, other)
+    return transfers

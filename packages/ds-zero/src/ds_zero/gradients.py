@@ -1,16 +1,20 @@
 """Gradients that are reduced onto the ranks that own them: buckets come and go, each rank keeps its shards.
 
-A bucket has memory from its first gradient until its collective is done; then the room goes to the next bucket, and
-what stays is the shard: this rank's segment of the sum, to which later backwards of the window add theirs.
+Stage 1 sends in the backward that ends a window. Until then every bucket stays, with full gradients of this rank; what
+was summed then takes the place of this rank's segment there.
 
-Stage 1 sends in the backward that ends a window, so until then buckets stay, with full gradients of this rank. Stage 2
-sends in every backward, so only a few buckets have memory at a time.
+Stage 2 sends in every backward. A bucket has memory from its first gradient until its collective is done; then the room
+goes to the next bucket, so that only a few have memory at a time. What stays is the shard: this rank's segment of the
+sum, to which later backwards of the window add theirs.
 
 Note: unused parameters. Ranks must agree on which parameters got a gradient in the window anywhere: the others keep
 ``grad`` None. One small collective per window sums a flag per parameter, behind the last bucket.
 
 Note: sources of an overflow. The same message has, where it is asked for, one flag per rank and bucket: whether what
 this rank sent was finite. Nobody reads them but a step that has overflowed.
+
+Note: a model that was changed. A rank that finds its own model changed sends :data:`CHANGED` for one parameter's flag;
+every rank raises when it reads it.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ import torch.distributed as dist
 
 from ds_core.partition.ordered import OrderedBuckets, SlotBucket
 from ds_core.partition.window import extremes, is_finite
-from ds_zero.collectives import reduce_scatter
+from ds_zero.collectives import received_numel, reduce_scatter
+from ds_zero.pool import Pool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -31,11 +36,14 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
 
     from ds_core.interfaces.precision import ParameterDtypes
+    from ds_core.partition.changes import Change
     from ds_zero.collectives import ReduceScatter
     from ds_zero.layout import Layout
 
 __all__ = ["ShardBucket", "ShardedGradients"]
 
+CHANGED = 2**16
+"""More than any number of ranks."""
 IN_FLIGHT = 2
 """Collectives under way at a time; each holds a bucket's memory."""
 
@@ -53,6 +61,18 @@ class ShardBucket(SlotBucket):
         """``[layout.total]`` of that: gradients of this rank, in the dtype they accumulate in."""
         self.shard: Tensor | None = None
         """``[layout.segment]``: this rank's segment of what was reduced in this window."""
+        self._kept: Tensor | None = None
+        """Memory of the shard that outlives the window."""
+        self.message: Tensor | None = None
+        """Memory lent for what is sent, where that is not the storage itself."""
+        self.received: Tensor | None = None
+        """Memory lent for what other ranks send."""
+
+    def keep(self) -> Tensor:
+        """Return memory for a shard, the same in each window, whatever is in it."""
+        if self._kept is None:
+            self._kept = torch.empty(self.layout.segment, dtype=self.dtypes.accumulate, device=self.device)
+        return self._kept
 
     def open(self, room: Tensor) -> None:
         """Give it memory, whatever is in it."""
@@ -67,10 +87,14 @@ class ShardBucket(SlotBucket):
         """Take its memory away; gradients in it are gone."""
         room = self.room
         assert room is not None
-        for param in self.params:
-            param.grad = None
+        self.hide()
         self.room, self.storage, self.slots = None, None, ()
         return room
+
+    def hide(self) -> None:
+        """Take the slots from the parameters."""
+        for param in self.params:
+            param.grad = None
 
 
 class ShardedGradients(OrderedBuckets[ShardBucket]):
@@ -100,8 +124,8 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
         self._group, self._every_backward, self._find_sources = group, every_backward, find_sources
         self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
         self._at_boundary = False
-        self._room: list[Tensor] = []
-        """Memory of buckets that are closed."""
+        self._rooms, self._received, self._messages = Pool(), Pool(), Pool()
+        """Memory of buckets; of what other ranks send; and of what is sent, where it is not the bucket itself."""
         self._first_flag = [0]
         for bucket in self.buckets:
             self._first_flag.append(self._first_flag[-1] + len(bucket.params))
@@ -118,9 +142,9 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
 
     # -- what is sent -----------------------------------------------------------------------------------------------
 
-    def begin(self, *, reduce: bool) -> None:
+    def begin(self, *, reduce: bool, change: Change | None = None) -> None:
         self._at_boundary = reduce
-        super().begin(reduce=reduce or self._every_backward)
+        super().begin(reduce=reduce or self._every_backward, change=change)
         self._ends_window = reduce
 
     def reopen(self) -> None:
@@ -134,31 +158,23 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
         self._used = None
 
     def _put_back(self, bucket: ShardBucket) -> None:
-        shard = bucket.shard
-        assert shard is not None
-        self.make_room(bucket)
-        assert bucket.storage is not None
-        bucket.storage.zero_()
-        segment = bucket.layout.segment
-        bucket.storage[self._rank * segment : (self._rank + 1) * segment].copy_(shard)
+        storage = bucket.storage
+        assert storage is not None
+        first, last = self._mine(bucket)
+        storage[:first].zero_()
+        storage[last:].zero_()
         bucket.shard = None
         for place, param in enumerate(bucket.params):
             if self.is_used(bucket, place):
                 param.grad = bucket.slots[place]
 
+    def _mine(self, bucket: ShardBucket) -> tuple[int, int]:
+        """Return where this rank's segment of a bucket begins and ends."""
+        segment = bucket.layout.segment
+        return self._rank * segment, (self._rank + 1) * segment
+
     def make_room(self, bucket: ShardBucket) -> None:
-        layout, dtype = bucket.layout, bucket.dtypes.accumulate
-        fitting = [
-            room
-            for room in self._room
-            if room.dtype == dtype and room.device == bucket.device and room.numel() >= layout.total
-        ]
-        if fitting:
-            best = min(fitting, key=torch.numel)
-            self._room = [room for room in self._room if room is not best]
-            bucket.open(best)
-        else:
-            bucket.open(torch.empty(layout.total, dtype=dtype, device=bucket.device))
+        bucket.open(self._rooms.take(bucket.layout.total, bucket.dtypes.accumulate, bucket.device))
 
     def before_send(self) -> None:
         under_way = [bucket for bucket in self.buckets[: self._started] if bucket.work is not None]
@@ -174,29 +190,49 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
         for place in unfilled:
             bucket.slots[place].zero_()
         assert bucket.storage is not None
-        message = bucket.storage.to(bucket.dtypes.reduce)
+        total, message = bucket.layout.total, bucket.storage
+        # On one rank nothing travels, so nothing loses digits for it.
+        dtype = bucket.dtypes.reduce if self._world_size > 1 else message.dtype
+        if message.dtype != dtype:
+            bucket.message = self._messages.take(total, dtype, bucket.device)
+            message = bucket.message[:total].copy_(bucket.storage)
         if self._find_sources:
             self._mark_source(bucket, message)
-        return reduce_scatter(message, self._group)
+        numel = received_numel(bucket.layout.segment, self._group, bucket.device)
+        bucket.received = self._received.take(numel, dtype, bucket.device)
+        return reduce_scatter(message, bucket.received[:numel], self._group)
 
     def _mark_source(self, bucket: ShardBucket, message: Tensor) -> None:
         values = extremes(message)
         if values:
             self._marks[bucket.index, self._rank] |= torch.stack(values).isfinite().all().logical_not()
 
-    def receive(self, bucket: ShardBucket, result: Tensor) -> None:
-        # Made before the bucket's memory is let go, so that they do not share it.
-        mine = result.to(bucket.dtypes.accumulate)
-        if bucket.shard is None:
-            bucket.shard = mine.clone() if mine._base is not None else mine
+    def receive(self, bucket: ShardBucket, result: ReduceScatter) -> None:
+        assert bucket.storage is not None
+        again = bucket.shard is not None
+        if self._every_backward:
+            bucket.shard = bucket.keep()
         else:
-            bucket.shard += mine
-        self._room.append(bucket.close())
+            first, last = self._mine(bucket)
+            bucket.shard = bucket.storage[first:last]
+        result.sum_into(bucket.shard, add=again)
+        assert bucket.received is not None
+        self._received.give_back(bucket.received)
+        if bucket.message is not None:
+            self._messages.give_back(bucket.message)
+        bucket.received = bucket.message = None
+        if self._every_backward:
+            self._rooms.give_back(bucket.close())
+        else:
+            bucket.hide()
 
     def after_last_send(self) -> None:
         if not self._at_boundary:
             return
         flags = torch.tensor(list(self._seen), dtype=torch.int32)
+        if self._change is not None:
+            index, place = self.mark_of_change()
+            flags[self._first_flag[index] + place] = CHANGED
         self._message[: len(self._seen)].copy_(flags, non_blocking=True)
         self._message_work = dist.all_reduce(self._message, group=self._group, async_op=True)
 
@@ -205,7 +241,10 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
         if self._message_work is not None:
             self._message_work.wait()
             self._message_work = None
-            self._used = self._message[: len(self._seen)].tolist()
+            self._used = used = self._message[: len(self._seen)].tolist()
+            if max(used, default=0) >= CHANGED:
+                at = next(place for place, flag in enumerate(used) if flag >= CHANGED)
+                self.refuse_change([param for bucket in self.buckets for param in bucket.params][at])
 
     # -- what was received ------------------------------------------------------------------------------------------
 
@@ -251,7 +290,7 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
         for bucket in self.buckets:
             bucket.shard = None
             if bucket.storage is not None:
-                self._room.append(bucket.close())
+                self._rooms.give_back(bucket.close())
         self._seen = bytearray(len(self._seen))
         self._used, self._sources_mixed, self._at_boundary = None, False, False
         self._message.zero_()
@@ -281,7 +320,7 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
             if not held:
                 continue
             if self._every_backward:
-                bucket.shard = torch.zeros(bucket.layout.segment, dtype=bucket.dtypes.accumulate, device=bucket.device)
+                bucket.shard = bucket.keep().zero_()
             else:
                 self.make_room(bucket)
             for place in held:
@@ -295,4 +334,5 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
 
     def detach(self) -> None:
         super().detach()
-        self._room.clear()
+        for pool in (self._rooms, self._received, self._messages):
+            pool.clear()

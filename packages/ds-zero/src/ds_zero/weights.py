@@ -104,7 +104,7 @@ class ShardedWeights:
         cast = [shard for shard in self._with_master() if shard.share.length]
         if cast:
             torch._foreach_copy_([shard.weight for shard in cast], [shard.updated.detach().view(-1) for shard in cast])
-        works = [all_gather(flat, self._rank, self._group) for flat in self._flats]
+        works = [all_gather(flat, self._group) for flat in self._flats]
         for work in works:
             work.wait()
         # The parameters were written to behind autograd's back: a graph that still needs the old ones must notice.
