@@ -8,6 +8,9 @@ Note: unused parameters. Behind the gradients a bucket has one flag per paramete
 bucket's parameters never looks; one that did not learns from the flag whether another rank did. A parameter that no
 rank used keeps ``grad`` None, so that the optimizer leaves it alone as plain PyTorch would.
 
+Note: a model that was changed. A rank that finds its own model changed sends NaN for one parameter, and NaN as its
+flag. So no rank can take the step: each finds the norm not finite, looks for the source, and finds the flag.
+
 Note: sources of an overflow. Once summed, an inf of one rank is everybody's. Where it is asked for, each rank writes
 before the collective whether its own part of the bucket is finite into the place that it alone has behind the flags.
 Nobody reads these places but a step that has overflowed.
@@ -15,6 +18,7 @@ Nobody reads these places but a step that has overflowed.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,6 +136,10 @@ class Bucketer(OrderedBuckets[Bucket]):
         for place in bucket.unfilled():
             bucket.slots[place].zero_()
             bucket.flags[place].zero_()
+        if self._change is not None and self.mark_of_change()[0] == bucket.index:
+            place = self.mark_of_change()[1]
+            bucket.slots[place].fill_(math.nan)
+            bucket.flags[place] = math.nan
         bucket.seal()
         if len(bucket.sources):
             bucket.mark_source(self._rank)
@@ -140,13 +148,17 @@ class Bucketer(OrderedBuckets[Bucket]):
     def receive(self, bucket: Bucket, result: Any) -> None:
         bucket.unseal()
         missing = bucket.unfilled()
-        if not missing:
+        if not missing or self._change is not None:
             return
         used = bucket.flags.tolist()
         for place in missing:
             bucket.params[place].grad = bucket.slots[place] if used[place] else None
 
     def non_finite(self) -> tuple[nn.Parameter, tuple[int, ...] | None] | None:
+        for bucket in self.buckets:
+            for place, is_marked in enumerate(bucket.flags.isnan().tolist()):
+                if is_marked:
+                    self.refuse_change(bucket.params[place])
         for bucket in self.buckets:
             for param, slot in zip(bucket.params, bucket.slots, strict=True):
                 if param.grad is not None and not is_finite(slot):

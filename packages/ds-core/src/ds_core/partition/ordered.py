@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
 
 import torch
 
 from ds_core import comm
 from ds_core.errors import CommError, EngineError
+from ds_core.partition.changes import changed_elsewhere
 from ds_core.partition.window import GradientWindow, sparse_gradient
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ds_core.interfaces.precision import ParameterDtypes
+    from ds_core.partition.changes import Change
 
 __all__ = ["OrderedBuckets", "SlotBucket"]
 
@@ -139,8 +141,11 @@ class OrderedBuckets(GradientWindow, Generic[BucketT]):
             assert param.grad is not None
             if param.grad.layout is not torch.strided:
                 raise sparse_gradient(self._names[bucket.params[place]])
-            slot.copy_(param.grad)
-            param.grad = slot
+            try:
+                slot.copy_(param.grad)
+                param.grad = slot
+            except RuntimeError as error:
+                raise self._misfit(param, slot, error) from error
         if bucket.arrived[place]:
             return
         bucket.arrived[place] = 1
@@ -148,8 +153,19 @@ class OrderedBuckets(GradientWindow, Generic[BucketT]):
         if bucket.waiting_for == 0 and self._sending:
             self._send_full_buckets()
 
-    def begin(self, *, reduce: bool) -> None:
-        super().begin(reduce=reduce)
+    def _misfit(self, param: Tensor, slot: Tensor, error: RuntimeError) -> RuntimeError:
+        fits = param.shape == slot.shape and param.device == slot.device
+        if fits and (param.grad_dtype is None or param.dtype == slot.dtype):
+            return error
+        found, was = (f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}" for tensor in (param, slot))
+        return EngineError(
+            f"a parameter is {found}, and its gradients are expected to be {was} since initialize",
+            where=f"parameter {next(name for known, name in self._names.items() if known is param)!r}",
+            fix="move or cast the model before initialize",
+        )
+
+    def begin(self, *, reduce: bool, change: Change | None = None) -> None:
+        super().begin(reduce=reduce, change=change)
         if self._started:
             self.wait()
             self._started = 0
@@ -158,6 +174,12 @@ class OrderedBuckets(GradientWindow, Generic[BucketT]):
             bucket.arrived = bytearray(len(bucket.params))
             bucket.waiting_for = len(bucket.params)
         self._sending = reduce
+        if change is not None:
+            # Nothing is computed with a model that is no longer that of the other ranks, but what they wait for is
+            # sent: so they are told, and stay in step.
+            super().end()
+            self.wait()
+            self.refuse_change(change.param)
 
     def end(self) -> None:
         super().end()
@@ -170,6 +192,18 @@ class OrderedBuckets(GradientWindow, Generic[BucketT]):
         super().abort()
         if any(bucket.work is not None for bucket in self.buckets):
             self._give_up()
+
+    def mark_of_change(self) -> tuple[int, int]:
+        """Return the bucket and the place in it by which this rank tells of its :attr:`_change`."""
+        assert self._change is not None
+        places = [(bucket.index, at, param) for bucket in self.buckets for at, param in enumerate(bucket.params)]
+        own = [(index, at) for index, at, param in places if param is self._change.param]
+        return next(iter(own + [(index, at) for index, at, param in places if param.numel()]), (0, 0))
+
+    def refuse_change(self, told: nn.Parameter) -> NoReturn:
+        """Raise on every rank what one of them has told all by the mark of ``told``. The collectives are done."""
+        self._aborted, self.is_reduced = True, False
+        raise changed_elsewhere(self._names[told]) if self._change is None else self._change.error()
 
     def _give_up(self) -> None:
         self._aborted = self._out_of_step = True
@@ -226,6 +260,7 @@ class OrderedBuckets(GradientWindow, Generic[BucketT]):
         if self._started and not self._aborted:
             self.wait()
         self._aborted = self.is_reduced = False
+        self._change = None
         self._started = 0
         for bucket in self.buckets:
             for param in bucket.params:

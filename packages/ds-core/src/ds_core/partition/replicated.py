@@ -9,6 +9,7 @@ from ds_core.interfaces.logical import GRADIENT, LogicalTensor, Piece
 from ds_core.interfaces.partition import OverflowSource, Partition, PartitionInputs, SquaredNorm
 from ds_core.ops import best
 from ds_core.partition.buckets import Bucketer
+from ds_core.partition.changes import ModelWatch
 from ds_core.partition.stored import Masters, cast_stored, stored_pieces
 from ds_core.partition.window import LocalGradients
 
@@ -54,6 +55,8 @@ class ReplicatedPartition(Partition):
         of_params = [inputs.dtypes[param] for param in self._params]
         self._copies = any(dtypes.accumulate != dtypes.updated for dtypes in of_params)
         """Whether the optimizer reads copies of gradients, in another dtype than they accumulate in."""
+        # After cast_stored, which moves them. Masters would overwrite data that was replaced.
+        self._watch = ModelWatch(inputs.module, self._params, inputs.names, keeps_data=len(self._masters) > 0)
         self._gradients: GradientWindow
         ordered = _in_model_order(self._params, inputs.names)
         if self._world_size > 1:
@@ -96,7 +99,7 @@ class ReplicatedPartition(Partition):
         return [self._of[self._masters.of(param)] for param in self._params]
 
     def begin_backward(self, *, reduce: bool) -> None:
-        self._gradients.begin(reduce=reduce)
+        self._gradients.begin(reduce=reduce, change=self._watch.change() if reduce else None)
 
     def end_backward(self) -> None:
         self._gradients.end()

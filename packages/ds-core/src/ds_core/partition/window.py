@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from ds_core.interfaces.precision import ParameterDtypes
+    from ds_core.partition.changes import Change
 
 __all__ = ["GradientWindow", "LocalGradients", "extremes", "is_finite", "sparse_gradient"]
 
@@ -61,6 +62,8 @@ class GradientWindow(ABC):
         weakref.finalize(self, _give_back_dtypes, self._own_dtype).atexit = False
         self._in_backward = self._ends_window = False
         self._aborted = False
+        self._change: Change | None = None
+        """What this rank did to its model, until the window is cleared."""
         self.is_reduced = False
         """Whether the last backward ended a window, and nothing was cleared or added since."""
         self._handles: list[RemovableHandle] = []
@@ -94,9 +97,16 @@ class GradientWindow(ABC):
                 fix="call engine.zero_grad() to drop them; the window goes on with the coming micro-batches",
             )
 
-    def begin(self, *, reduce: bool) -> None:
-        """Expect the gradients of one backward; ``reduce``: of the last one in the window."""
+    def begin(self, *, reduce: bool, change: Change | None = None) -> None:
+        """Expect the gradients of one backward.
+
+        Args:
+            reduce: it is the last one in the window.
+            change: what this rank did to its model, which is raised. Where gradients are sent to other ranks, these are
+                told, and raise as well.
+        """
         self.check_whole()
+        self._change = change
         self._in_backward = True
         self.is_reduced = False
         self._ends_window = reduce
@@ -186,6 +196,11 @@ class LocalGradients(GradientWindow):
                 window.check_in_backward(param)
 
         return gradient_is_ready
+
+    def begin(self, *, reduce: bool, change: Change | None = None) -> None:
+        if change is not None:
+            raise change.error()
+        super().begin(reduce=reduce)
 
     def wait(self) -> None:
         """There is nobody to wait for."""
