@@ -38,7 +38,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"engine"}),
-    frozenset({"cli"}),
+    frozenset({"cli", "utils"}),
 )
 TESTING = "testing"
 """May import every floor; no floor may import it."""

@@ -63,6 +63,7 @@ PUBLIC = {
     "registry",
     "schedules",
     "testing",
+    "utils",
 }
 ENTRY_POINTS = {
     ("ds_core.accelerator", "cpu"),

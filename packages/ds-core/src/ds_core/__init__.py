@@ -63,6 +63,7 @@ _MODULES = (
     "registry",
     "schedules",
     "testing",
+    "utils",
 )
 _CONSTANTS = {
     "TORCH_DISTRIBUTED_DEFAULT_PORT": 29500,

@@ -66,7 +66,6 @@ LATER: dict[str, str] = {
     "moe": "ds-zero",
     "domino": "ds-zero",
     "compile": "ds-core",
-    "utils": "ds-core",
     "DeepSpeedOptimizerCallable": "ds-core",
     "DeepSpeedSchedulerCallable": "ds-core",
     "is_compile_supported": "ds-core",

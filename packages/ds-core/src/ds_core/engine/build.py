@@ -18,7 +18,7 @@ from ds_core.accelerator import get_accelerator
 from ds_core.config.sections.choices import SHARDED
 from ds_core.engine.engine import DeepSpeedEngine
 from ds_core.engine.forward import build_forward
-from ds_core.engine.fragments import train_by
+from ds_core.engine.fragments import find_by_params
 from ds_core.engine.observers import MonitorObserver, ProgressLine
 from ds_core.engine.parts import Accumulation, Clip, Parts, ScheduleStep
 from ds_core.errors import CommError, ConfigError, EngineError
@@ -208,7 +208,7 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
         observers=_observers(config, choice),
     )
     engine = DeepSpeedEngine(module, parts, config, device=device)
-    train_by(engine, [param for each in partition.inputs.param_groups for param in each["params"]])
+    find_by_params(engine)
     engine.client_optimizer, engine.client_lr_scheduler = arguments.optimizer, arguments.lr_scheduler
     if arguments.training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(arguments.training_data, collate_fn=arguments.collate_fn)

@@ -92,6 +92,7 @@ class Partition(ABC):
     def __init__(self, inputs: PartitionInputs) -> None:
         """Collective over ``inputs.group``. May cast or move parameters and put hooks on them and their modules."""
         self.inputs = inputs
+        self._piece_of: dict[nn.Parameter, Piece] | None = None
 
     @property
     @abstractmethod
@@ -108,6 +109,13 @@ class Partition(ABC):
     @abstractmethod
     def optimizer_pieces(self) -> Sequence[Piece]:
         """Return the identity of each tensor of :meth:`optimizer_groups`, in the same order."""
+
+    def piece_of(self, param: nn.Parameter) -> Piece | None:
+        """Return which of :meth:`optimizer_pieces` stands for ``param``; None: the optimizer does not update it."""
+        if self._piece_of is None:
+            params = [each for group in self.inputs.param_groups for each in group["params"]]
+            self._piece_of = dict(zip(params, self.optimizer_pieces(), strict=True))
+        return self._piece_of.get(param)
 
     @abstractmethod
     def begin_backward(self, *, reduce: bool) -> None:
