@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
@@ -252,14 +252,23 @@ class DdpLoop(PlainLoop):
 class DsCore(Contender):
     """Ours: the engine of ``ds_core.initialize``."""
 
-    def __init__(self, module: nn.Module, recipe: Recipe, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        recipe: Recipe,
+        batches: Sequence[tuple[Tensor, Tensor]],
+        *,
+        zero: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``zero``: the section ``zero_optimization``; None: stage 0."""
         # Not at the top: --self-check compares a peer with itself and needs no engine.
         import ds_core
 
         super().__init__(recipe, batches)
-        self._engine = ds_core.initialize(
-            model=module, model_parameters=list(module.parameters()), config=recipe.config()
-        )[0]
+        config = recipe.config()
+        if zero is not None:
+            config["zero_optimization"] = dict(zero)
+        self._engine = ds_core.initialize(model=module, model_parameters=list(module.parameters()), config=config)[0]
 
     def _micro_step(self, inputs: Tensor, targets: Tensor, *, is_last: bool) -> Tensor:
         loss: Tensor = self._engine(inputs, targets)

@@ -27,6 +27,7 @@ from _models import GPT_SIZES, Gpt, Mlp, byte_batches  # noqa: E402
 from _pairs import Bar, Interval, PairTimes, median_interval, time_pairs  # noqa: E402
 from _ranks import launcher_ranks, threads_per_rank, usable_cores  # noqa: E402
 from _report import difference_row, exact_ratio_row, finish, interval_text, limit_row, machine_facts, ratio_row  # noqa: E402
+from _sharded import has_deepspeed  # noqa: E402
 
 no_deadline = settings(deadline=None)  # a busy machine is no failure
 SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("[!_]*.py"))
@@ -534,6 +535,58 @@ def test_stage_0_counts_the_memory_of_low_precision(tmp_path: Path) -> None:
     assert row["bar"] is None
     # Weights, masters and two moments at least: 14 bytes for each of 134,912 parameters.
     assert 14 * 134_912 / 2**20 < row["ours"]["median"] < row["peer"]["median"]
+
+
+def test_stages_of_zero_train_what_ddp_does(tmp_path: Path) -> None:
+    options = ["--stage", "1", "--dtype", "fp32", "--peer", "DDP", "--only", "time", "--ranks", "2"]
+    document = results_of("zero.py", tmp_path, *TWICE, *options, "--zero", '{"reduce_bucket_size": 20000}')
+    # The script itself has compared the losses.
+    (row,) = document["rows"]
+    assert (row["name"], row["bar"]["limit"]) == ("step time, stage 1, tiny, accumulation 2, vs DDP", 1.0)
+    assert (document["settings"]["stages"], document["settings"]["zero"]) == ([1], {"reduce_bucket_size": 20000})
+
+
+def test_stages_of_zero_keep_a_share_of_the_state(tmp_path: Path) -> None:
+    options = ["--stage", "2", "--dtype", "bf16", "--peer", "DDP", "--only", "memory", "--ranks", "2"]
+    document = results_of("zero.py", tmp_path, *TWICE, *options)
+    peak, kept = document["rows"]
+    assert kept["name"] == "kept memory, stage 2, tiny bf16, accumulation 2, vs DDP"
+    assert kept["bar"] is None
+    parameters = 134_912
+    # DDP: weight 2, gradient bucket 2, master 4, moments 8. Ours: weight 2, half of 12; room of a bucket, at most 2.
+    assert kept["peer"]["median"] * 2**20 == pytest.approx(16 * parameters, rel=0.01)
+    assert 8 * parameters <= kept["ours"]["median"] * 2**20 <= 10.1 * parameters
+    assert kept["ours"]["median"] < peak["ours"]["median"] < peak["peer"]["median"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "peer",
+    [
+        "fully_shard",
+        pytest.param("DeepSpeed", marks=pytest.mark.skipif(not has_deepspeed(), reason="DeepSpeed is not installed")),
+    ],
+)
+def test_peers_that_divide_state_train_the_same(tmp_path: Path, peer: str, dtype: str) -> None:
+    document = results_of("zero.py", tmp_path, *TWICE, "--dtype", dtype, "--peer", peer, "--ranks", "2")
+    assert [row["name"].split(",")[:2] for row in document["rows"]] == [
+        [what, f" stage {stage}"] for stage in (1, 2) for what in ("step time", "peak memory", "kept memory")
+    ]
+
+
+@pytest.mark.slow
+def test_a_profile_shows_each_contender_and_times_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "none.json"
+    command = [sys.executable, BENCHMARKS / "zero.py", "--smoke", "--profile", "--json", path]
+    options = ["--stage", "2", "--dtype", "fp32", *TWICE, "--peer", "DDP", "--ranks", "1"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not path.exists()
+    ours, peer = done.stdout.split("DDP, tiny, accumulation 2\n")
+    assert ours.startswith("stage 2, tiny, accumulation 2\n")
+    for table in (ours, peer):
+        assert "aten::_fused_adamw_" in table
 
 
 def test_checkpoints_are_saved_loaded_and_verified(tmp_path: Path) -> None:
