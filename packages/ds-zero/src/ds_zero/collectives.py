@@ -2,18 +2,13 @@
 
 Note: measured. gloo's ``reduce_scatter_tensor`` takes 2 to 3 times its ``all_reduce`` at 4 to 50 MB; that every rank
 sends every other its segment, and each sums what it got, 0.7 times. Its ``all_gather_into_tensor`` takes twice what
-that takes: it copies each segment once more. nccl has a ring of its own for both. So:
-
-| | gloo | others |
-|---|---|---|
-| reduce-scatter | ``isend`` and ``irecv`` of segments, then a local sum | ``reduce_scatter_tensor`` |
-| all-gather | ``isend`` and ``irecv`` of segments | ``all_gather_into_tensor`` |
+that takes: it copies each segment once more. nccl has a ring of its own for both. So :data:`TABLE` says.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,7 +21,44 @@ if TYPE_CHECKING:
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-__all__ = ["Awaited", "ReduceScatter", "all_gather", "received_numel", "reduce_scatter"]
+__all__ = [
+    "OTHERS",
+    "SEGMENTS",
+    "TABLE",
+    "Awaited",
+    "Primitives",
+    "ReduceScatter",
+    "all_gather",
+    "primitives",
+    "received_numel",
+    "reduce_scatter",
+]
+
+SEGMENTS = "isend and irecv of segments"
+"""Each rank sends each other rank the segment that it needs; what is to be summed, it sums itself."""
+
+
+class Primitives(NamedTuple):
+    """What of ``torch.distributed`` carries out the two collectives."""
+
+    reduce_scatter: str
+    all_gather: str
+
+
+TABLE = {"gloo": Primitives(SEGMENTS, SEGMENTS)}
+"""By backend, as torch calls it."""
+OTHERS = Primitives("reduce_scatter_tensor", "all_gather_into_tensor")
+"""Of a backend that is not in the table."""
+
+
+def primitives(backend: str) -> Primitives:
+    """Return what ``backend`` uses."""
+    return TABLE.get(backend, OTHERS)
+
+
+def backend_of(group: ProcessGroup, device: torch.device) -> str:
+    """Return the backend that moves tensors of ``device``, "" if none does: a group may have one for each kind."""
+    return dict(pair.split(":") for pair in dist.get_backend_config(group).split(",")).get(device.type, "")
 
 
 class Awaited(Protocol):
@@ -36,15 +68,10 @@ class Awaited(Protocol):
         """Return when it is done; on a GPU only the current stream waits."""
 
 
-def sends_segments(group: ProcessGroup, device: torch.device) -> bool:
-    """Return whether ranks send each other their segments; else the backend has a collective that is faster."""
-    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
-    return backends.get(device.type) == "gloo"
-
-
 def received_numel(segment: int, group: ProcessGroup, device: torch.device) -> int:
     """Return how many elements of memory :func:`reduce_scatter` receives into."""
-    return segment * (dist.get_world_size(group) - 1) if sends_segments(group, device) else segment
+    sends_segments = primitives(backend_of(group, device)).reduce_scatter == SEGMENTS
+    return segment * (dist.get_world_size(group) - 1) if sends_segments else segment
 
 
 class ReduceScatter(ABC):
@@ -156,15 +183,15 @@ def reduce_scatter(whole: Tensor, received: Tensor, group: ProcessGroup) -> Redu
         received: ``[received_numel(segment)]`` of the same dtype, to be left alone until the sum was taken.
         group: all its ranks call this, in the same order.
     """
-    kind = _Exchanged if sends_segments(group, whole.device) else _Direct
-    return kind(whole, received, group)
+    sends_segments = primitives(backend_of(group, whole.device)).reduce_scatter == SEGMENTS
+    return (_Exchanged if sends_segments else _Direct)(whole, received, group)
 
 
 def all_gather(whole: Tensor, group: ProcessGroup) -> Awaited:
     """Start to fill ``whole``, ``[world_size * segment]``, with the segments of all ranks; this rank's is in place."""
     rank, segment = dist.get_rank(group), whole.numel() // dist.get_world_size(group)
     mine = whole[rank * segment : (rank + 1) * segment]
-    if not sends_segments(group, whole.device):
+    if primitives(backend_of(group, whole.device)).all_gather != SEGMENTS:
         work: Work = _ALL_GATHER(whole, mine, group=group, async_op=True)
         return work
     transfers = _Transfers(group)
