@@ -43,8 +43,12 @@ class Row:
     """Each offload that it has, with what turns that on; sections are laid over ``config``."""
 
 
-PARTITIONS = {"replicated": Row()}
-"""Entry name -> its row. Stage 2, say, would be
+PARTITIONS = {
+    "replicated": Row(),
+    "1": Row({"zero_optimization": {"stage": 1}}),
+    "2": Row({"zero_optimization": {"stage": 2}}),
+}
+"""Entry name -> its row. One with offload, say, would be
 ``"2": Row({"zero_optimization": {"stage": 2}}, {"none": {}, "cpu": {"zero_optimization": {"stage": 2, ...}}})``."""
 READS = {
     "plain": ("plain",),

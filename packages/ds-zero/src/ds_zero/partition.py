@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 import torch.distributed as dist
 
+from ds_core.comm import all_or_none
 from ds_core.interfaces.logical import GRADIENT, MASTER, WEIGHT, Chunk, LogicalTensor, Piece, logical_name
 from ds_core.interfaces.partition import OverflowSource, Partition, PartitionInputs, SquaredNorm
 from ds_core.ops import best
@@ -174,7 +175,8 @@ class _Stage12(Partition):
         return [*stored_pieces(self.inputs.module, self._world_size), *masters]
 
     def gradient_pieces(self) -> Iterable[Piece]:
-        self._gradients.check_whole()
+        # All or none: what follows may be a collective.
+        all_or_none(self._gradients.check_whole, self.inputs.group)
         for param, gradient in self._gradients.unfinished():
             shape = tuple(gradient.shape)
             name = logical_name(self.inputs.names[param])

@@ -83,7 +83,15 @@ def restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) 
     parts.partition.clear_gradients()
     if optimizer is not None:
         saved = state["optimizer"]
-        restore_optimizer(optimizer, of_optimizer, reader, saved["groups"], saved["values"], saved.get("class"))
+        restore_optimizer(
+            optimizer,
+            of_optimizer,
+            reader,
+            saved["groups"],
+            saved["values"],
+            saved.get("class"),
+            elsewhere=_updated_elsewhere(engine, of_optimizer),
+        )
     if options.optimizer:
         _restore_gradients(engine, reader)
     if options.schedule:
@@ -106,6 +114,15 @@ def restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) 
     rank_state = reader.rank_state(rank) if rank < reader.world_size else {}
     if "rng" in rank_state:  # not in what others than this engine wrote
         restore_rng(decode(rank_state["rng"]), engine.device)
+
+
+def _updated_elsewhere(engine: EngineFace, of_optimizer: Sequence[Piece]) -> set[torch.Tensor]:
+    """Return the optimizer's tensors that stand for whole parameters of other ranks, which it has no gradients for."""
+    partition = engine.parts.partition
+    if not (partition.divides and partition.inputs.whole_tensors):
+        return set()
+    rank = comm.get_rank(engine.parts.group)
+    return {piece.data for piece in of_optimizer if not piece.chunk.length and piece.writer != rank}
 
 
 def _with_optimizer_if_it_fits(

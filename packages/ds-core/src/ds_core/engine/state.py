@@ -24,7 +24,7 @@ from ds_core.errors import CheckpointError
 from ds_core.interfaces.checkpoint import digest
 from ds_core.interfaces.logical import WEIGHT, Snapshot
 from ds_core.log import log_dist
-from ds_core.optim.slots import group_state, slot_pieces, slot_values
+from ds_core.optim.slots import group_state, merge_values, slot_pieces, slot_values
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ds_core.engine.face import EngineFace
     from ds_core.engine.restore import LoadOptions
     from ds_core.interfaces.checkpoint import CheckpointReader, Directory
+    from ds_core.interfaces.logical import Piece
 
 __all__ = ["load", "save"]
 
@@ -84,11 +85,17 @@ def save(
     chosen = _agree_on_place(engine, directory, chosen, client, exclude_frozen)
 
     def prepare() -> None:
+        # First: they may need a collective, and no rank may have failed by then.
+        gradients = [] if engine.basic_optimizer is None else list(engine.parts.partition.gradient_pieces())
         _make_folder(directory)
-        snapshot.append(_capture(engine, client, exclude_frozen))
+        snapshot.append(_capture(engine, client, gradients, exclude_frozen))
 
     # Also for what the caller's own state_dict raises: the other ranks are waiting for this one.
     together(prepare, "save_checkpoint", group)
+    if engine.basic_optimizer is not None and engine.parts.partition.divides:
+        # What every rank writes is rank 0's, which does not know of the parameters of others.
+        of_optimizer = snapshot[0].state["optimizer"]
+        of_optimizer["values"] = merge_values(values_of_ranks(of_optimizer["values"], group))
     engine.parts.checkpoint.save(directory, chosen, snapshot[0], latest=latest)
     log_dist(f"saved checkpoint {chosen!r} in {directory}", level=logging.DEBUG)
 
@@ -108,6 +115,13 @@ def _place_of(
     engine: EngineFace, save_dir: str | PathLike[str], tag: str | None, client_state: Mapping[str, Any]
 ) -> tuple[Directory, str, dict[str, Any]]:
     """Return what this rank was asked for: directory, tag, and the client state encoded."""
+    window = engine.parts.accumulation
+    if window.backwards:
+        raise CheckpointError(
+            "save_checkpoint was called between a backward and its step",
+            where=f"micro-batch {window.micro_steps}",
+            fix="call it after engine.step()",
+        )
     if not save_dir:
         raise CheckpointError("no folder was given", where="save_checkpoint(save_dir)", fix="pass a path")
     directory = _directory_of(engine, save_dir, "save_checkpoint(save_dir)")
@@ -182,15 +196,11 @@ def _directory_of(engine: EngineFace, given: str | PathLike[str], where: str) ->
     return local_path(given, where)
 
 
-def _capture(engine: EngineFace, client: Mapping[str, Any], exclude_frozen: bool) -> Snapshot:
+def _capture(
+    engine: EngineFace, client: Mapping[str, Any], gradients: Sequence[Piece], exclude_frozen: bool
+) -> Snapshot:
     parts = engine.parts
     window = parts.accumulation
-    if window.backwards:
-        raise CheckpointError(
-            "save_checkpoint was called between a backward and its step",
-            where=f"micro-batch {window.micro_steps}",
-            fix="call it after engine.step()",
-        )
     frozen = set(frozen_names(engine.module))
     pieces = [
         piece
@@ -221,7 +231,7 @@ def _capture(engine: EngineFace, client: Mapping[str, Any], exclude_frozen: bool
     if optimizer is not None:
         of_optimizer = parts.partition.optimizer_pieces()
         pieces += slot_pieces(optimizer, of_optimizer)
-        pieces += parts.partition.gradient_pieces()
+        pieces += gradients
         state["optimizer"] = {
             "class": type(optimizer).__name__,
             "groups": group_state(optimizer, of_optimizer),

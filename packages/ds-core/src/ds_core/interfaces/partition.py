@@ -173,7 +173,10 @@ class Partition(ABC):
 
     @abstractmethod
     def gradient_pieces(self) -> Iterable[Piece]:
-        """Return the gradients accumulated so far in an unfinished window; empty at a boundary."""
+        """Return the gradients accumulated so far in an unfinished window; empty at a boundary.
+
+        Called and read to the end by every rank. Where it needs a collective, it fails on all ranks or on none.
+        """
 
     @abstractmethod
     def restore_gradients(self, pieces: Iterable[Piece]) -> None:

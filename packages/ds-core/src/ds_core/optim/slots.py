@@ -1,4 +1,9 @@
-"""Optimizer state as logical tensors: what the optimizer keeps for a tensor has that tensor's name and chunk."""
+"""Optimizer state as logical tensors: what the optimizer keeps for a tensor has that tensor's name and chunk.
+
+Note: of elements, or of the whole. A slot of its tensor's shape has a value per element, such as a moment; one of
+another shape belongs to the parameter as a whole, such as a step count or a factor of rows. Where both have one element
+the shape does not tell; then a slot is what it is of the optimizer's other parameters, and ``step`` is a count.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ if TYPE_CHECKING:
 
     from ds_core.interfaces.checkpoint import CheckpointReader
 
-__all__ = ["check_groups", "group_state", "restore_optimizer", "slot_pieces", "slot_values"]
+__all__ = ["check_groups", "group_state", "merge_values", "restore_optimizer", "slot_pieces", "slot_values"]
 
 _RESERVED = frozenset({BUFFER, GRADIENT, MASTER, WEIGHT})
 _OF_THIS_MACHINE = frozenset({"params", "fused", "foreach", "capturable", "differentiable"})
@@ -33,6 +38,12 @@ def slot_pieces(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> li
     belongs to the parameter as a whole.
     """
     found = []
+    of_whole = {
+        slot
+        for piece in pieces
+        for slot, value in optimizer.state.get(piece.data, {}).items()
+        if isinstance(value, torch.Tensor) and value.shape != piece.data.shape
+    }
     for piece in pieces:
         for slot, value in optimizer.state.get(piece.data, {}).items():
             if not isinstance(value, torch.Tensor):
@@ -43,7 +54,7 @@ def slot_pieces(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> li
                     where=f"parameter {piece.of.name!r}",
                     fix=f"use another name than {', '.join(sorted(_RESERVED))}",
                 )
-            like_param = value.shape == piece.data.shape
+            like_param = value.shape == piece.data.shape and not (value.numel() == 1 and slot in of_whole)
             shape = piece.of.shape if like_param else tuple(value.shape)
             of = LogicalTensor(piece.of.name, slot, shape, str(value.dtype).removeprefix("torch."))
             if like_param:
@@ -55,13 +66,31 @@ def slot_pieces(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> li
 
 
 def slot_values(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> dict[str, Any]:
-    """Return what the state has beside tensors, as JSON: parameter name -> slot -> value."""
+    """Return what the state has beside tensors, as JSON: parameter name -> slot -> value.
+
+    Where parameters are divided among ranks, each says what it has for those of which it has elements; see
+    :func:`merge_values`.
+    """
     found: dict[str, Any] = {}
     for piece in pieces:
+        if piece.of.numel and not piece.chunk.length:
+            continue
         for slot, value in optimizer.state.get(piece.data, {}).items():
             if not isinstance(value, torch.Tensor):
                 where = f"optimizer state {slot!r} of {piece.of.name!r}"
                 found.setdefault(piece.of.name, {})[slot] = encode(value, where)
+    return found
+
+
+def merge_values(by_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what :func:`slot_values` found on all ranks.
+
+    Of a parameter of which several ranks have parts, what the first of them says: the one with its beginning.
+    """
+    found: dict[str, Any] = {}
+    for values in by_rank:
+        for name, of_parameter in values.items():
+            found.setdefault(name, of_parameter)
     return found
 
 
@@ -101,6 +130,8 @@ def restore_optimizer(
     groups: Sequence[Mapping[str, Any]],
     values: Mapping[str, Any],
     saved_by: str | None = None,
+    *,
+    elsewhere: Collection[torch.Tensor] = (),
 ) -> None:
     """Give ``optimizer`` the state stored for the chunks it has here.
 
@@ -110,8 +141,9 @@ def restore_optimizer(
         pieces: identity of its tensors, see ``Partition.optimizer_pieces``.
         reader: the checkpoint.
         groups: what :func:`group_state` returned.
-        values: what :func:`slot_values` returned.
+        values: what :func:`slot_values` returned, of all ranks.
         saved_by: name of the class of the optimizer that was saved, where the checkpoint says it.
+        elsewhere: tensors that the optimizer never updates here, and so has no state for.
 
     Raises:
         CheckpointError: a slot cannot be read. The optimizer is as before.
@@ -133,12 +165,17 @@ def restore_optimizer(
             ]
     wanted: list[Piece] = []
     by_name: dict[str, dict[str, Any]] = {}
+    of_whole = {"step"}.union(
+        of.kind for piece in pieces for of in slots.get(piece.of.name, ()) if of.shape != piece.of.shape
+    )
     for piece in pieces:
         state = by_name.setdefault(piece.of.name, {})
+        if piece.data in elsewhere:
+            continue
         for of in slots.get(piece.of.name, ()):
-            state[of.kind] = _empty_like_slot(of, piece)
-            chunk = piece.chunk if of.shape == piece.of.shape else Chunk.whole(of.shape)
-            wanted.append(Piece(of, chunk, state[of.kind]))
+            like_param = of.shape == piece.of.shape and not (of.numel == 1 and of.kind in of_whole)
+            state[of.kind] = _empty_slot(of, piece, like_param=like_param)
+            wanted.append(Piece(of, piece.chunk if like_param else Chunk.whole(of.shape), state[of.kind]))
         state.update({slot: decode(value) for slot, value in values.get(piece.of.name, {}).items()})
     reader.read(wanted)
     packed, at = [], 0
@@ -196,9 +233,9 @@ def _undo_casts(state: dict[str, Any], read: Mapping[str, Any], piece: Piece, wa
             state[slot] = value.to(loaded.device)
 
 
-def _empty_like_slot(of: LogicalTensor, piece: Piece) -> torch.Tensor:
+def _empty_slot(of: LogicalTensor, piece: Piece, *, like_param: bool) -> torch.Tensor:
     dtype = getattr(torch, of.dtype)
-    if of.shape == piece.of.shape:
+    if like_param:
         return torch.empty_like(piece.data, dtype=dtype, requires_grad=False)
     # Step counts stay on the CPU here; the optimizer moves them where its implementation wants them.
     return torch.empty(of.shape, dtype=dtype, device="cpu" if not of.shape else piece.data.device)

@@ -5,7 +5,11 @@ loaded. :mod:`ds_core.testing.anywhere` makes both runs.
 
 Note: the bound in fp32. Two places take the gradient of the same samples and add it up in another order. An element of
 it is a mean of 48 products, whose factors are sums of at most 13 + 13 + 5 terms of size 1 or less, so each side is off
-by less than (48 + 31) 2**-24 < 2**-17, and the two differ by r = 2**-16. Let e be the largest difference of two weights
+by less than (48 + 31) 2**-24 < 2**-17, and the two differ by r = 2**-16. This holds for every order of adding 48 terms,
+whoever adds which: autograd over a micro-batch, a window over its micro-batches, an all-reduce over the ranks in a
+ring, or a reduce-scatter, be it a ring or an exchange that each rank adds up for its own elements; at stage 2 once per
+micro-batch, and then over the window. Stages also read elements from other places of memory, where a kernel may take a
+vector or its tail; what an update itself rounds is s, below. Let e be the largest difference of two weights
 (or of the model's buffer, a running mean of weights), and L the largest sum of absolute second derivatives of the loss
 in one row, by weights and buffer: then gradients differ by at most d = L e + r in any element. Adam's moments,
 corrected for their bias, are means of gradients or of their squares with weights that sum up to 1 (or the largest of
@@ -119,9 +123,9 @@ def held(engine: Any) -> Held:
     numbers = {
         "groups": [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups],
         "slot values": values,
-        "schedule": engine.lr_scheduler.state_dict(),
+        "schedule": None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict(),
         "scaler": {"scale": engine.cur_scale, **parts.precision.scaler.state_dict()},
-        "data": engine.training_dataloader.state_dict(),
+        "data": None if engine.training_dataloader is None else engine.training_dataloader.state_dict(),
         "in window": parts.accumulation.in_window,
         **{name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps", "micro_steps")},
     }
