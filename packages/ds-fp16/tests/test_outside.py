@@ -105,7 +105,11 @@ def test_parameters_added_later_are_refused(sections):
     engine = start(model, **sections)
     step(engine)
     model.bias.requires_grad_(True)
-    engine.basic_optimizer.add_param_group({"params": [model.bias]})
+    with pytest.raises(EngineError, match="a parameter group was added after 1 steps"):
+        engine.basic_optimizer.add_param_group({"params": [model.bias]})
+    model.bias.requires_grad_(False)
+    others = [torch.zeros(1, requires_grad=True)]
+    engine.basic_optimizer.param_groups.append({**engine.basic_optimizer.param_groups[0], "params": others})
     with pytest.raises(EngineError, match="the optimizer has 2 parameters, the engine was built with 1"):
         step(engine)
 

@@ -149,10 +149,23 @@ def test_a_parameter_of_16_bits_moves_as_one_of_32(name, dtype):
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
-def test_a_closure_that_is_needed_is_refused_by_name():
+class StepsOnMetrics(torch.optim.SGD):
+    def step(self, metric, closure=None):
+        raise NotImplementedError
+
+
+def test_what_step_alone_cannot_drive_is_refused_by_name():
     params = [torch.ones(2, requires_grad=True)]
-    with pytest.raises(ConfigError, match="LBFGS needs a closure"):
-        check_steps_without_closure(torch.optim.LBFGS(params))
+    for optimizer, reason in (
+        (torch.optim.LBFGS(params), "LBFGS needs a closure"),
+        (StepsOnMetrics(params), "the step of StepsOnMetrics needs metric"),
+        (torch.optim.SparseAdam(params), "SparseAdam takes only sparse gradients"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            check_steps_without_closure(optimizer)
+    for name in ("LBFGS", "SparseAdam"):
+        with pytest.raises(ConfigError, match=name):
+            build_optimizer(name, {}, groups())
     check_steps_without_closure(torch.optim.SGD(params))
 
 

@@ -5,7 +5,6 @@ What a mistake in the configuration can break is checked by :func:`choose` befor
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,12 +15,14 @@ from torch import nn
 from ds_core import comm, registry
 from ds_core.accelerator import get_accelerator
 from ds_core.config.sections.choices import SHARDED
+from ds_core.engine.adding import accept_groups
 from ds_core.engine.engine import DeepSpeedEngine
 from ds_core.engine.forward import build_forward
 from ds_core.engine.fragments import find_by_params
+from ds_core.engine.groups import check_ranks_agree, check_strangers, groups_to_train
 from ds_core.engine.observers import MonitorObserver, ProgressLine
 from ds_core.engine.parts import Accumulation, Clip, Parts, ScheduleStep
-from ds_core.errors import CommError, ConfigError, EngineError
+from ds_core.errors import ConfigError, EngineError
 from ds_core.interfaces.engine import EngineProvider
 from ds_core.interfaces.logical import logical_name
 from ds_core.interfaces.partition import Partition, PartitionInputs
@@ -33,9 +34,7 @@ from ds_core.optim.scaled import OptimizerStep
 from ds_core.schedules import build_schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-
-    from torch.distributed import ProcessGroup
+    from collections.abc import Callable, Iterable, Sequence
 
     from ds_core.config import Config, Section
     from ds_core.interfaces.checkpoint import CheckpointEngine
@@ -150,8 +149,8 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
     """
     config, module = arguments.config, arguments.model
     choice = choose(config)
-    groups = _param_groups(arguments)
-    _check_strangers(groups, module)
+    groups = groups_to_train(module, arguments.optimizer, arguments.model_parameters)
+    check_strangers(groups, module)
     choice.precision.plan.dtypes_of(module)  # here for what it refuses
     device = _device(arguments.device_index)
     _check_dtypes(config, choice)
@@ -167,7 +166,7 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
     assert group is not None
     module.to(device)
     names = {param: logical_name(name) for name, param in module.named_parameters()}
-    _check_ranks_agree(module, groups, names, config, group)
+    check_ranks_agree(module, groups, names, config, group, optimizer=_what_updates(arguments) if trains else None)
     comm.broadcast_tensors([*module.parameters(), *module.buffers()], group)
     partition = choice.partition(
         PartitionInputs(
@@ -209,6 +208,7 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
     )
     engine = DeepSpeedEngine(module, parts, config, device=device)
     find_by_params(engine)
+    accept_groups(engine)
     engine.client_optimizer, engine.client_lr_scheduler = arguments.optimizer, arguments.lr_scheduler
     if arguments.training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(arguments.training_data, collate_fn=arguments.collate_fn)
@@ -284,95 +284,11 @@ def _has_mixed_statistics(module: nn.Module) -> bool:
     return weight is not None and mean is not None and weight.dtype != mean.dtype
 
 
-def _param_groups(arguments: Arguments) -> list[dict[str, Any]]:
-    """Return the groups to train, each with at least one parameter that requires grad, none twice."""
-    if isinstance(arguments.optimizer, torch.optim.Optimizer):
-        check_steps_without_closure(arguments.optimizer)
-        given: list[Any] = arguments.optimizer.param_groups
-    else:
-        given = list(arguments.model.parameters() if arguments.model_parameters is None else arguments.model_parameters)
-    as_groups = [dict(group) for group in given if isinstance(group, dict)]
-    if as_groups and len(as_groups) != len(given):
-        raise ConfigError(
-            "model_parameters mixes parameters and groups",
-            where="initialize(model_parameters)",
-            fix="pass either parameters, or dictionaries with a key 'params'",
-        )
-    groups = as_groups or [{"params": given}]
-    seen: set[nn.Parameter] = set()
-    for group in groups:
-        params = group.get("params", [])
-        params = [params] if isinstance(params, torch.Tensor) else list(params)
-        wrong = [type(param).__name__ for param in params if not isinstance(param, nn.Parameter)]
-        if wrong and given is getattr(arguments.optimizer, "param_groups", None):
-            raise ConfigError(
-                f"the optimizer updates a {wrong[0]}, expected parameters of the model",
-                where="initialize(optimizer)",
-                fix="build a new one from model.parameters(); one that an engine has used updates its masters",
-            )
-        if wrong:
-            raise ConfigError(
-                f"model_parameters holds a {wrong[0]}, expected parameters of the model",
-                where="initialize(model_parameters)",
-                fix="pass model.parameters()",
-            )
-        if any(param in seen for param in params) or len(set(params)) != len(params):
-            raise ConfigError(
-                "a parameter is in the parameter groups twice",
-                where="initialize(model_parameters)",
-                fix="put each parameter into one group",
-            )
-        seen.update(params)
-        group["params"] = [param for param in params if param.requires_grad]
-    return [group for group in groups if group["params"]]
-
-
-def _check_strangers(groups: Sequence[Mapping[str, Any]], module: nn.Module) -> None:
-    own = set(module.parameters())
-    strangers = sum(param not in own for group in groups for param in group["params"])
-    if strangers:
-        raise ConfigError(
-            f"{strangers} parameters to train are not parameters of the model",
-            where="initialize(optimizer or model_parameters)",
-            fix="build the optimizer from the parameters of the model that is passed",
-        )
-
-
-_AGREED = ("zero_optimization", "partition", "precision", "fp16", "bf16", "torch_autocast", "data_types")
-"""Sections that decide what collectives do."""
-
-
-def _check_ranks_agree(
-    module: nn.Module,
-    groups: Sequence[Mapping[str, Any]],
-    names: Mapping[nn.Parameter, str],
-    config: Config,
-    group: ProcessGroup,
-) -> None:
-    """Compare what every later collective relies on, so that a difference is named here and does not hang there."""
-    facts = [f"{name} {list(t.shape)} {t.dtype}" for name, t in (*module.named_parameters(), *module.named_buffers())]
-    facts += [f"group {i}: {names[param]}" for i, g in enumerate(groups) for param in g["params"]]
-    sizes = (config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps, config.gradient_clipping)
-    sections = [getattr(config, name).model_dump() for name in _AGREED]
-    facts.append(f"{sizes} {sections} {config.communication_data_type}")
-    # By name, not by section: it also depends on what is installed where a rank runs.
-    facts.append(f"checkpoint engine {config.plugin('checkpoint')}")
-    digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
-    differing = comm.same_on_all_ranks(digest, group)
-    if differing:
-        raise CommError(
-            f"model, parameter groups or configuration differ between ranks: {sorted(differing)} differ from rank 0",
-            where="initialize",
-            fix="pass the same configuration and the same parameters (order, shapes, requires_grad) on every rank, "
-            "with the same packages installed",
-        )
-
-
 def _optimizer(arguments: Arguments, partition: Partition) -> torch.optim.Optimizer:
     groups = partition.optimizer_groups()
     given, section = arguments.optimizer, arguments.config.optimizer
     if isinstance(given, torch.optim.Optimizer):
-        take_over(given, groups)
+        take_over(given, partition)
         return given
     if given is not None:
         built = given([dict(group) for group in groups])

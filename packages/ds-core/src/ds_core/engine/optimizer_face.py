@@ -118,16 +118,15 @@ class OptimizerFace(DeepSpeedOptimizer):
         self.optimizer.state = state
 
     def add_param_group(self, param_group: Mapping[str, Any]) -> None:
-        """Refused: what each parameter accumulates, reduces and keeps as master is laid out once.
+        """Train one more group of the model's parameters, from before the first step on. Collective.
+
+        A schedule that has one rate per group must be made after it.
 
         Raises:
-            NotBuiltError: always.
+            EngineError: there was a backward already.
+            ConfigError: they are not the model's, trained already, or frozen.
         """
-        raise NotBuiltError(
-            "adding a group is not built: masters and reduction are laid out once, for the parameters there are then",
-            where="optimizer.add_param_group",
-            fix="pass the parameters of every group at initialize, as groups of the optimizer",
-        )
+        self.optimizer.add_param_group(dict(param_group))
 
     def get_lr(self) -> float:
         """Return the learning rate of the first group; ``engine.get_lr()`` has those of all."""

@@ -13,9 +13,13 @@ if TYPE_CHECKING:
 __all__ = ["ELEMENTWISE", "OptimizerFactory", "ScaledStep"]
 
 ELEMENTWISE = "elementwise"
-"""Optional, an attribute of the class: True where each element is updated from its own gradient and state alone.
+"""Optional, an attribute of the class or of the function that builds it: whether each element is updated from its own
+gradient and state alone, such as by Adam.
 
-A partition may then give it any interval of a parameter, flat. Without it an optimizer gets whole parameters.
+True: a partition may give it any interval of a parameter, flat. The contract checks that this changes nothing.
+False, or no such attribute: it gets whole parameters in their shape, each on one rank, as those need that look at a
+matrix (Muon), at rows and columns (Adafactor) or at a norm per parameter (LAMB). One that looks at several parameters
+at once, such as at a norm over all, cannot be divided: it runs where every rank updates everything (stage 0).
 """
 
 

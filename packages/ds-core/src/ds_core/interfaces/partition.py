@@ -12,7 +12,7 @@ The order of calls, the same on every rank::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -58,6 +58,12 @@ class PartitionInputs:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtypes", self.plan.dtypes_of(self.module))
+
+    def with_groups(self, param_groups: Sequence[Mapping[str, Any]]) -> PartitionInputs:
+        """Return these inputs with other groups; each parameter has the dtypes it has here, in whichever it is now."""
+        others = replace(self, param_groups=param_groups)
+        object.__setattr__(others, "dtypes", self.dtypes)
+        return others
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,13 @@ class Partition(ABC):
     @abstractmethod
     def refresh_masters(self) -> None:
         """Begin anew from the model's parameters, which somebody else has written to."""
+
+    def optimizer_face(self, engine: Any) -> Any:
+        """Return what users get as ``engine.optimizer``: an object with DeepSpeed's surface over ``engine.parts``.
+
+        None: what the precision returns, see ``Precision.optimizer_face``.
+        """
+        return None
 
     def report(self) -> Mapping[str, str]:
         """Return what a user may want to know: option or buffer -> its effect here."""

@@ -118,15 +118,25 @@ def _has_complex(param_groups: list[dict[str, Any]]) -> bool:
 
 
 def check_steps_without_closure(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer whose ``step`` cannot run without a closure (P21): the engine owns forward and backward.
+    """Refuse an optimizer that an engine cannot drive by ``step()`` alone (P21): it owns forward and backward.
 
     Raises:
-        ConfigError: naming the class.
+        ConfigError: naming the class: its step needs a closure or other arguments, or sparse gradients.
     """
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ConfigError(
-            f"{type(optimizer).__name__} needs a closure that recomputes the loss, which an engine cannot give it",
-            where="optimizer",
-            fix="use an optimizer whose step() takes no closure, such as AdamW",
-        )
+    name, fix = type(optimizer).__name__, "use an optimizer whose step() takes no closure, such as AdamW"
+    needed = [
+        parameter.name
+        for parameter in list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    ]
+    if "closure" in needed:
+        what = f"{name} needs a closure that recomputes the loss, which an engine cannot give it"
+    elif needed:
+        what = f"the step of {name} needs {', '.join(needed)}, which an engine cannot give it"
+    elif isinstance(optimizer, torch.optim.SparseAdam):
+        what = f"{name} takes only sparse gradients, and gradients are reduced as dense ones"
+        fix = "use Adam, and torch.nn.Embedding(..., sparse=False)"
+    else:
+        return
+    raise ConfigError(what, where="optimizer", fix=fix)

@@ -11,26 +11,43 @@ from ds_core.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from ds_core.interfaces.logical import Piece
+    from ds_core.interfaces.partition import Partition
+
 __all__ = ["check_updates", "take_over"]
 
 
-def take_over(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Let the client's ``optimizer`` update the tensors of ``groups``; of frozen parameters it keeps nothing."""
+def take_over(optimizer: torch.optim.Optimizer, partition: Partition) -> None:
+    """Let ``optimizer``, over parameters of the model, update what ``partition`` holds here of those that are trained.
+
+    State that it has, from steps before or from a state dict, becomes that of the new tensors: what has a value per
+    element is cut as they are, what belongs to a parameter as a whole stays. Of frozen parameters it keeps nothing.
+    Lists that it shares with an optimizer inside of it are written in place.
+
+    Raises:
+        ConfigError: a state can neither be cut nor kept. The optimizer is as before.
+    """
     kept = [group for group in optimizer.param_groups if any(param.requires_grad for param in group["params"])]
-    updated: dict[torch.Tensor, torch.Tensor] = {}
-    for own, group in zip(kept, groups, strict=True):
+    trained = [param for group in kept for param in group["params"] if param.requires_grad]
+    piece_of = dict(zip(trained, partition.optimizer_pieces(), strict=True))
+    of_whole = _of_whole(optimizer.state)
+    state: dict[Any, Any] = {}
+    for key, value in optimizer.state.items():
+        if not isinstance(key, torch.Tensor):
+            state[key] = value  # of no parameter
+        elif key in piece_of and not _is_elsewhere(piece_of[key], partition):
+            piece = piece_of[key]
+            if partition.divides and not partition.inputs.whole_tensors:
+                _check_can_be_cut(piece, value, of_whole)
+            state[piece.data] = {slot: _cut(piece, slot, one, of_whole) for slot, one in value.items()}
+    for own, group in zip(kept, partition.optimizer_groups(), strict=True):
         trains = [param.requires_grad for param in own["params"]]
-        trained = [param for param, does in zip(own["params"], trains, strict=True) if does]
-        updated.update(zip(trained, group["params"], strict=True))
         if "param_names" in own:  # torch's, where it was built from named_parameters()
             own["param_names"] = [name for name, does in zip(own["param_names"], trains, strict=True) if does]
         own["params"] = group["params"]
-    optimizer.param_groups = kept
-    state = list(optimizer.state.items())
+    optimizer.param_groups[:] = kept
     optimizer.state.clear()
-    for param, of_param in state:
-        if param in updated:
-            optimizer.state[updated[param]] = _state_for(updated[param], of_param)
+    optimizer.state.update(state)
 
 
 def check_updates(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -50,14 +67,57 @@ def check_updates(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str
         )
 
 
-def _state_for(updated: torch.Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``state`` of a parameter for the tensor updated in its place: what is shaped like it has its dtype.
+def _of_whole(state: Mapping[Any, Any]) -> set[str]:
+    """Return the slots that belong to a parameter as a whole, as in ``slots``: ``step``, and by shape any other."""
+    return {"step"}.union(
+        slot
+        for param, of_param in state.items()
+        if isinstance(param, torch.Tensor)
+        for slot, value in of_param.items()
+        if isinstance(value, torch.Tensor) and value.shape != param.shape
+    )
 
-    As torch's ``load_state_dict`` would cast it; an optimizer that was used on bf16 parameters has its state in bf16.
+
+def _is_elsewhere(piece: Piece, partition: Partition) -> bool:
+    """Return whether another rank updates all of the parameter, so that state here would never move."""
+    return partition.inputs.whole_tensors and not piece.chunk.length and piece.of.numel > 0
+
+
+def _is_per_element(piece: Piece, slot: str, value: Any, of_whole: set[str]) -> bool:
+    is_like = isinstance(value, torch.Tensor) and value.shape == torch.Size(piece.of.shape)
+    return is_like and not (value.numel() == 1 and slot in of_whole)
+
+
+def _cut(piece: Piece, slot: str, value: Any, of_whole: set[str]) -> Any:
+    """Return the state ``value`` of a parameter for ``piece`` of it, which is updated in its place.
+
+    What has a value per element has its dtype, as torch's ``load_state_dict`` would cast it: an optimizer that was used
+    on bf16 parameters has its state in bf16.
     """
-    return {
-        slot: value.to(updated.dtype)
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == updated.shape
-        else value
-        for slot, value in state.items()
-    }
+    if not _is_per_element(piece, slot, value, of_whole):
+        return value
+    chunk, updated = piece.chunk, piece.data
+    if chunk.length < piece.of.numel:
+        # A copy, so that the whole can go. Partitions that divide do so by intervals of the whole parameter.
+        value = value.reshape(-1)[chunk.offset : chunk.offset + chunk.length].clone()
+    if value.shape != updated.shape:
+        value = value.reshape(updated.shape)
+    return value.to(updated.dtype) if value.is_floating_point() else value
+
+
+def _check_can_be_cut(piece: Piece, state: Mapping[str, Any], of_whole: set[str]) -> None:
+    """Refuse state that a part of a parameter could not have: on every rank, also on those with all of it."""
+    for slot, value in state.items():
+        if not (_is_per_element(piece, slot, value, of_whole) or _has_one_value(value)):
+            raise ConfigError(
+                f"the optimizer's state {slot!r} has neither a value per element of its parameter nor one in all, so "
+                "it cannot be divided among the ranks",
+                where=f"initialize(optimizer), parameter {piece.of.name!r}",
+                fix="start it without state, or have it get whole parameters: elementwise = False in its class",
+            )
+
+
+def _has_one_value(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    return value is None or isinstance(value, (bool, int, float, str))

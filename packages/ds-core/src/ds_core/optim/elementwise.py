@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -12,12 +13,12 @@ from ds_core.interfaces.optimizer import ELEMENTWISE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["elementwise", "is_elementwise"]
+__all__ = ["OF_TORCH", "elementwise", "is_elementwise"]
 
 FactoryT = TypeVar("FactoryT", bound="Callable[..., Any]")
 
 
-_OF_TORCH = (
+OF_TORCH = (
     torch.optim.SGD,
     torch.optim.Adam,
     torch.optim.AdamW,
@@ -30,11 +31,24 @@ _OF_TORCH = (
     torch.optim.RMSprop,
     torch.optim.Rprop,
 )
-"""Not Adafactor (factors of rows and columns, a norm) and Muon (matrices)."""
+"""All of torch's that are: not Adafactor (factors of rows and columns, a norm) and Muon (matrices)."""
+
+_HARMLESS = frozenset(
+    {
+        *("__init__", "__setstate__", "__repr__", "__module__", "__qualname__", "__doc__", "__annotations__"),
+        *("__slots__", "__dict__", "__weakref__", "__parameters__", "__orig_bases__", "__firstlineno__"),
+        *("__static_attributes__", "__annotate__", "__annotate_func__", "__annotations_cache__"),
+        *("add_param_group", "zero_grad", "state_dict", "load_state_dict"),
+    }
+)
+"""What a subclass may have of its own without another update."""
 
 
 def elementwise(factory: FactoryT) -> FactoryT:
-    """Mark a class, or a function that builds an optimizer, as one whose optimizers update each element by itself."""
+    """Mark a class, or a function that builds an optimizer, as one whose optimizers update each element by itself.
+
+    ``ds_core.testing.optimizer`` checks that it is so.
+    """
     setattr(factory, ELEMENTWISE, True)
     return factory
 
@@ -43,11 +57,31 @@ def is_elementwise(optimizer: Any) -> bool:
     """Return whether ``optimizer`` updates each element from its own gradient and state alone.
 
     Args:
-        optimizer: an optimizer, its class, or a callable that builds one. Exactly the classes of torch that are known
-            to, and those that say so by ``elementwise = True``; of anything else it cannot be known.
+        optimizer: an optimizer, its class, or a callable that builds one. Those are the classes of torch that are known
+            to, those that say so by ``elementwise = True``, and subclasses of both that override nothing but their
+            constructor and what has no part in a step. Of anything else it cannot be known.
     """
     while isinstance(optimizer, functools.partial):
         optimizer = optimizer.func
     made_by = type(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else optimizer
-    # Said by itself: what a subclass does in its step, its base does not know.
-    return made_by in _OF_TORCH or getattr(made_by, "__dict__", {}).get(ELEMENTWISE) is True
+    for cls in made_by.__mro__ if isinstance(made_by, type) else (made_by,):
+        own = getattr(cls, "__dict__", {})
+        if ELEMENTWISE in own:
+            return own[ELEMENTWISE] is True
+        if cls in OF_TORCH:
+            return True
+        # What a subclass does in its step, its base does not know.
+        if not isinstance(cls, type) or any(_changes_the_update(cls, name, value) for name, value in own.items()):
+            return False
+    return False
+
+
+def _changes_the_update(cls: type, name: str, value: Any) -> bool:
+    """Return whether ``value``, which ``cls`` has as ``name``, may stand for another update than that of its bases."""
+    if name in _HARMLESS:
+        return False
+    of_bases = [vars(base)[name] for base in cls.__mro__[1:] if base is not object and name in vars(base)]
+    if not of_bases:
+        return name == "step_scaled"
+    # torch wraps the step of a class when its first optimizer is made, and leaves the wrapper in the class.
+    return not (callable(value) and inspect.unwrap(value) is inspect.unwrap(of_bases[0]))

@@ -76,6 +76,19 @@ class GroupSchedule(ABC):
         self.last_batch_iteration = int(state["last_batch_iteration"])
         self._last_lr = self.get_lr()
 
+    def follow_groups(self) -> None:
+        """Drive groups that the optimizer got since, as if they had been there at construction.
+
+        Raises:
+            ConfigError: it was given one number per group.
+        """
+        self._take_groups()
+        self._apply_first()
+
+    @abstractmethod
+    def _take_groups(self) -> None:
+        """Know the rates of groups that are not known yet; their own are still those they came with."""
+
     def _apply_first(self) -> None:
         """Write the first rates, unless the schedule goes on from somewhere. Called at the end of construction."""
         if self.last_batch_iteration == -1:
@@ -90,8 +103,8 @@ class GroupSchedule(ABC):
             else:
                 group["lr"] = lr
 
-    def _group_lrs(self) -> list[float]:
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
+    def _group_lrs(self, first: int = 0) -> list[float]:
+        return [float(group["lr"]) for group in self.optimizer.param_groups[first:]]
 
     def _per_group(self, name: str, value: float | Sequence[float]) -> list[float]:
         """Return one number per parameter group: ``value`` repeated, or the list it is."""

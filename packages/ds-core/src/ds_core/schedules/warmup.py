@@ -102,9 +102,18 @@ class WarmupLR(_Warmup):
         last_batch_iteration: int = -1,
     ) -> None:
         super().__init__(optimizer, warmup_num_steps, warmup_type, last_batch_iteration)
-        self.min_lrs = self._per_group("warmup_min_lr", warmup_min_lr)
-        self.max_lrs = self._group_lrs() if warmup_max_lr is None else self._per_group("warmup_max_lr", warmup_max_lr)
-        self._apply_first()
+        self._given = warmup_min_lr, warmup_max_lr
+        self.min_lrs: list[float] = []
+        self.max_lrs: list[float] = []
+        self.follow_groups()
+
+    def _take_groups(self) -> None:
+        lowest, highest = self._given
+        self.min_lrs = self._per_group("warmup_min_lr", lowest)
+        if highest is None:
+            self.max_lrs += self._group_lrs(len(self.max_lrs))
+        else:
+            self.max_lrs = self._per_group("warmup_max_lr", highest)
 
     def _lr_at(self, t: int) -> list[float]:
         if t < 0:
@@ -171,9 +180,12 @@ class WarmupCosineLR(_Warmup):
         self.total_num_steps = positive_int(f"{type(self).__name__}.total_num_steps", total_num_steps)
         self.warmup_min_ratio = self._finite("warmup_min_ratio", warmup_min_ratio)
         self.cos_min_ratio = self._finite("cos_min_ratio", cos_min_ratio)
-        self.base_lrs = self._group_lrs()
+        self.base_lrs: list[float] = []
         self._warn_if_short(total_num_steps)
-        self._apply_first()
+        self.follow_groups()
+
+    def _take_groups(self) -> None:
+        self.base_lrs += self._group_lrs(len(self.base_lrs))
 
     def _lr_at(self, t: int) -> list[float]:
         ratio = self._ratio(t)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from ds_core.interfaces.optimizer import ScaledStep
+from ds_core.optim.elementwise import is_elementwise
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from torch import Tensor
     from torch.optim import Optimizer
 
     from ds_core.interfaces.optimizer import OptimizerFactory
 
-__all__ = ["OptimizerContract"]
+__all__ = ["OptimizerContract", "is_same_update", "updated_in_pieces"]
 
 SHAPES = ((4, 3), (5,), (), (0, 2))
 
@@ -118,6 +122,14 @@ class OptimizerContract:
             for a, b in zip(scaled, plain, strict=True):
                 torch.testing.assert_close(a, b, rtol=2**-20, atol=2**-20)
 
+    def test_what_it_says_of_elements_is_so(self, factory: OptimizerFactory, params: dict[str, Any]) -> None:
+        """Only for those that say ``elementwise``: a partition may cut a parameter anywhere."""
+        if not is_elementwise(factory):
+            pytest.skip("it gets whole parameters")
+        for cuts in ((), (5,), (1, 2, 11), (0, 6, 6, 12)):
+            whole, in_pieces = updated_in_pieces(partial(factory, **params), (4, 3), cuts)
+            assert is_same_update(whole, in_pieces), f"cut at {cuts}"
+
     def test_two_optimizers_share_nothing(self, factory: OptimizerFactory, params: dict[str, Any]) -> None:
         alone, beside, other = _tensors(), _tensors(), _tensors()
         first = factory([{"params": alone}], **params)
@@ -136,6 +148,44 @@ class OptimizerContract:
         before = copy.deepcopy(params)
         factory([{"params": _tensors()}], **params)
         assert params == before
+
+
+def updated_in_pieces(
+    build: Callable[[list[dict[str, Any]]], Optimizer], shape: Sequence[int], cuts: Sequence[int], *, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return a tensor after three updates of all of it, and after the same gradients for intervals of it, each flat.
+
+    Args:
+        build: makes an optimizer.
+        shape: of the tensor.
+        cuts: where the intervals begin and end, in order; two may be the same.
+        seed: of values and gradients.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.randn(tuple(shape), generator=generator).requires_grad_()
+    places = list(zip((0, *cuts), (*cuts, whole.numel()), strict=True))
+    pieces = [whole.detach().view(-1)[low:high].clone().requires_grad_() for low, high in places]
+    other = torch.randn(3, generator=generator)
+    of_whole = build([{"params": [whole, other.clone().requires_grad_()]}])
+    of_pieces = build([{"params": [*pieces, other.clone().requires_grad_()]}])
+    for _ in range(3):
+        gradients = torch.randn(whole.numel(), generator=generator), torch.randn(3, generator=generator)
+        for optimizer, parts in ((of_whole, [(0, whole.numel())]), (of_pieces, places)):
+            *tensors, last = optimizer.param_groups[0]["params"]
+            for tensor, (low, high) in zip(tensors, parts, strict=True):
+                tensor.grad = gradients[0][low:high].clone().view(tensor.shape)
+            last.grad = gradients[1].clone()
+            optimizer.step()
+    return whole.detach(), torch.cat([piece.detach() for piece in pieces]).view(whole.shape)
+
+
+def is_same_update(a: Tensor, b: Tensor) -> bool:
+    """Return whether two of :func:`updated_in_pieces` are the same numbers.
+
+    Not always the same bits: a vector's last elements may be updated by other instructions, which round differently,
+    some ten operations in each of three updates. So 64 roundings of 2**-24, for values of about 1.
+    """
+    return torch.allclose(a, b, rtol=2**-18, atol=2**-18)
 
 
 def _tensors() -> list[Tensor]:
