@@ -143,6 +143,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     sources = {
         "core": ROOT / "packages" / "ds-core",
         "launcher": ROOT / "packages" / "ds-launcher",
+        "zero": ROOT / "packages" / "ds-zero",
         "acme": ACME,
         "patch": relabelled(folder / "patch-source", version="0.1.9"),
         "future": relabelled(folder / "future-source", version="0.2.0", core="0.2.0"),
@@ -205,6 +206,19 @@ def test_the_core_alone_trains_and_names_what_is_missing(core: Environment) -> N
     assert '"fp16.enabled" needs ds-fp16: pip install ds-fp16' in fp16
     assert "pip install ds-zero" in zero
     assert off == plain, "sections that are off ask for no package"
+
+
+def test_zero_needs_no_package_but_its_own(core: Environment, wheels: dict[str, Path]) -> None:
+    done = core.install(wheels["zero"])
+    assert done.returncode == 0, done.stderr
+    trained, low, later = core.train(
+        {**SGD, "zero_optimization": {"stage": 2}},
+        {**SGD, "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
+        {**SGD, "zero_optimization": {"stage": 3}},
+    )
+    assert trained == "trained with DeepSpeedZeroOptimizer, world 1"
+    assert "pip install ds-fp16" in low
+    assert '"zero_optimization.stage 3" comes with a later release of ds-zero' in later
 
 
 def test_ds_run_comes_with_the_launcher(core: Environment, wheels: dict[str, Path]) -> None:

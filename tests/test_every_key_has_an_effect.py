@@ -234,6 +234,7 @@ SCHEDULE = {"warmup_num_steps": 4}
 TRACE = {"initial_scale_power": 3, "loss_scale_window": 2}
 WITH: dict[str, dict[str, Any]] = {
     "zero_optimization": {"zero_optimization": {"stage": 3}},
+    "zero_optimization.stage": {"zero_optimization": {"stage": 0}},
     "zero_optimization.offload_optimizer": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
     "zero_optimization.offload_param": {"zero_optimization": {"offload_param": {"device": "cpu"}}},
     "compile": {"compile": {"deepcompile": True}},
@@ -520,6 +521,11 @@ def refusals(config: dict[str, Any]) -> Any:
     return [problem.path for problem in find_problems(config)]
 
 
+def divided_by(config: dict[str, Any]) -> str:
+    found: str = start(config).report()["partition"]
+    return found
+
+
 def stored_by(config: dict[str, Any]) -> str:
     """The engine that stores checkpoints, and why; without ds-ckpt every word but ``plain`` is refused."""
     report: dict[str, str] = start(config).report()
@@ -541,6 +547,7 @@ EFFECTIVE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "gradient_clipping": weights,
     **dict.fromkeys(("checkpoint.engine", "checkpoint.writer.decoupled"), stored_by),
     "checkpoint.load_universal": loaded,
+    **dict.fromkeys(("partition.type", "zero_optimization.stage"), divided_by),
     "steps_per_print": lines,
     "log_level": log_level,
     "vocabulary_size": vocabulary,

@@ -118,6 +118,16 @@ def test_a_known_package_that_is_missing_is_named(monkeypatch):
     )
 
 
+def test_a_known_package_that_is_too_old_is_not_to_be_installed_again(install):
+    install("ds-pipe", {("engine", "plain_pipe"): "a:b"}, version="0.1.3")
+    with pytest.raises(MissingPackageError) as caught:
+        registry.find("engine", "pipeline", needed_by="pipeline.enabled")
+    assert str(caught.value).splitlines()[0] == (
+        '"pipeline.enabled" comes with a later release of ds-pipe, installed is 0.1.3'
+    )
+    assert caught.value.fix == "pip install --upgrade ds-pipe, once there is one; until then remove it"
+
+
 def test_an_unknown_name_gets_the_nearest(install):
     install("stranger", {("checkpoint", "sharded_files"): "a:b"})
     with pytest.raises(PluginError) as caught:

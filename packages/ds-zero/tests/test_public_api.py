@@ -6,8 +6,21 @@ import importlib.metadata as metadata
 
 import ds_zero
 
-PUBLIC: list[str] = []
-ENTRY_POINTS: set[tuple[str, str, str]] = set()
+PUBLIC = [
+    "DeepSpeedZeroOptimizer",
+    "ZeroStage1",
+    "ZeroStage2",
+    "estimate_zero2_model_states_mem_needs",
+    "estimate_zero2_model_states_mem_needs_all_cold",
+    "estimate_zero2_model_states_mem_needs_all_live",
+    "estimate_zero3_model_states_mem_needs",
+    "estimate_zero3_model_states_mem_needs_all_cold",
+    "estimate_zero3_model_states_mem_needs_all_live",
+]
+ENTRY_POINTS = {
+    ("ds_core.partition", "1", "ds_zero.partition:ZeroStage1"),
+    ("ds_core.partition", "2", "ds_zero.partition:ZeroStage2"),
+}
 
 
 def test_public_names() -> None:

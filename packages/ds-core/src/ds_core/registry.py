@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 from ds_core._packages import PACKAGE_OF_PLUGIN
 from ds_core.errors import MissingPackageError, PluginError, nearest
 
-__all__ = ["SEAMS", "Plugin", "find", "installed", "load", "names", "refresh"]
+__all__ = ["SEAMS", "Plugin", "find", "installed", "load", "names", "refresh", "version_here"]
 
 SEAMS = (
     "precision",
@@ -91,7 +91,7 @@ def find(seam: str, name: str, *, needed_by: str | None = None, others: tuple[st
         others: further words the caller would accept, for the error's nearest match.
 
     Raises:
-        MissingPackageError: no such plugin here, but a known package brings it.
+        MissingPackageError: no such plugin here, but a known package brings it, or a later release of it will.
         PluginError: no such plugin, or several packages register the name.
     """
     matches = [plugin for plugin in installed(seam) if plugin.name == name]
@@ -105,6 +105,13 @@ def find(seam: str, name: str, *, needed_by: str | None = None, others: tuple[st
         )
     package = PACKAGE_OF_PLUGIN.get((seam, name))
     if package is not None:
+        version = version_here(package)
+        if version is not None:
+            raise MissingPackageError(
+                f'"{needed_by or f"{seam} {name}"}" comes with a later release of {package}, installed is {version}',
+                where=f"installed 'ds_core.{seam}' plugins: {_listing(seam)}",
+                fix=f"pip install --upgrade {package}, once there is one; until then remove it",
+            )
         raise MissingPackageError(
             f'"{needed_by or f"{seam} {name}"}" needs {package}: pip install {package}',
             where=f"installed 'ds_core.{seam}' plugins: {_listing(seam)}",
@@ -156,6 +163,16 @@ def installed(seam: str) -> tuple[Plugin, ...]:
             Plugin(seam, entry.name, package, entry.dist.version, _core_requirement(entry.dist), entry),
         )
     return tuple(sorted(found.values(), key=lambda plugin: (plugin.name, plugin.package)))
+
+
+def version_here(package: str) -> str | None:
+    """Return the version of a distribution that brings plugins; None where no plugin of it is installed.
+
+    >>> version_here("ds-core") == metadata.version("ds-core")
+    True
+    """
+    found = (plugin.version for seam in SEAMS for plugin in installed(seam) if plugin.package == package)
+    return next(found, None)
 
 
 def refresh() -> None:

@@ -32,6 +32,7 @@ PLUGINS = {"precision": ("fp32", "bf16", "fp16"), "optimizer": ("adam", "adamw")
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same plugins wherever the test runs."""
     monkeypatch.setattr(registry, "names", lambda seam: PLUGINS.get(seam, ()))
+    monkeypatch.setattr(registry, "version_here", lambda package: None)
 
 
 @pytest.fixture(autouse=True)

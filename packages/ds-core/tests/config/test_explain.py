@@ -444,6 +444,15 @@ LEFT = '"auto" is left here; write values, or let the client that calls initiali
 )
 def test_notes(raw: dict[str, Any], note: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "names", lambda seam: ())
+    monkeypatch.setattr(registry, "version_here", lambda package: None)
+    assert note in [str(found) for found in explain(examine(raw)).notes]
+
+
+def test_a_package_that_is_too_old_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "names", lambda seam: ("1", "2", "plain", "fp32"))
+    monkeypatch.setattr(registry, "version_here", lambda package: "0.1.0")
+    raw = {"train_batch_size": 1, "gradient_clipping": 0.5, "zero_optimization": {"stage": 3}}
+    note = "zero_optimization.stage: initialize needs a later release of ds-zero, installed is 0.1.0"
     assert note in [str(found) for found in explain(examine(raw)).notes]
 
 
@@ -510,6 +519,7 @@ def test_the_engine_of_checkpoints(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(registry, "names", lambda seam: installed if seam == "checkpoint" else ())
+    monkeypatch.setattr(registry, "version_here", lambda package: None)
     explanation = explain(examine({"train_batch_size": 1, "checkpoint": {"tag_validation": "Fail", **given}}))
     [setting] = [setting for setting in explanation.settings if setting.path == "checkpoint.engine"]
     assert (setting.value, setting.kind, setting.origin) == (value, kind, origin)

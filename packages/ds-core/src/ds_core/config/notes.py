@@ -52,8 +52,13 @@ def notes_of(examined: Examined, origins: Origins, groups: Sequence[Group]) -> I
         if path not in config.ignored and path.partition(".")[0] not in quiet:
             yield Note("no effect", path, why)
     yield from _hints(config, groups)
-    for needed_by, package in _missing_packages(config):
-        yield Note("package", needed_by, f"initialize needs {package}, which is not installed: pip install {package}")
+    for needed_by, package, version in _missing_packages(config):
+        what = (
+            f"{package}, which is not installed: pip install {package}"
+            if version is None
+            else f"a later release of {package}, installed is {version}"
+        )
+        yield Note("package", needed_by, f"initialize needs {what}")
 
 
 def _hints(config: Config, groups: Sequence[Group]) -> Iterator[Note]:
@@ -80,15 +85,15 @@ def _hints(config: Config, groups: Sequence[Group]) -> Iterator[Note]:
         )
 
 
-def _missing_packages(config: Config) -> Iterator[tuple[str, str]]:
-    """Yield what names a plugin of a known package that is not installed, and the package."""
+def _missing_packages(config: Config) -> Iterator[tuple[str, str, str | None]]:
+    """Yield what names a plugin of a known package that is not here, the package, and its version if it is here."""
     from ds_core import registry  # slow to import
     from ds_core._packages import PACKAGE_OF_PLUGIN
 
     for seam, name, needed_by in _plugins(config):
         package = PACKAGE_OF_PLUGIN.get((seam, name))
         if package is not None and name not in registry.names(seam):
-            yield needed_by, package
+            yield needed_by, package, registry.version_here(package)
 
 
 def _plugins(config: Config) -> Iterator[tuple[str, str, str]]:
