@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_zero.layout import cut, whole
+from ds_zero.layout import cut, whole, whole_each
 
 numels = st.lists(st.one_of(st.just(0), st.integers(1, 40), st.integers(1, 5000)), min_size=1, max_size=30)
 worlds = st.integers(1, 64)
@@ -64,6 +64,21 @@ def test_whole_parameters_have_one_rank(numels, world_size):
     # Graham 1969: within 4/3 of the best there can be.
     best = max(max(numels), -(-sum(numels) // world_size))
     assert layout.segment <= 4 / 3 * best + 1
+
+
+@quick
+@given(buckets=st.lists(numels, max_size=12), world_size=worlds)
+def test_whole_parameters_are_balanced_over_all_buckets(buckets, world_size):
+    layouts = whole_each(buckets, world_size)
+    load = [0] * world_size
+    for layout, given_numels in zip(layouts, buckets, strict=True):
+        assert layout.numels == tuple(given_numels)
+        # As full as the bucket alone would be.
+        assert layout.segment == whole(given_numels, world_size).segment
+        for index, numel in enumerate(given_numels):
+            load[layout.owner(index)] += numel
+    # The most to the rank with the least: ranks differ by no more than one segment.
+    assert max(load) - min(load) <= max((layout.segment for layout in layouts), default=0)
 
 
 @quick

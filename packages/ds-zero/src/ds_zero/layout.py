@@ -21,7 +21,7 @@ from ds_core.partition.arithmetic import assign_writers
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Layout", "Share", "cut", "whole"]
+__all__ = ["Layout", "Share", "cut", "whole", "whole_each"]
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,16 @@ def cut(numels: Sequence[int], world_size: int, *, align: int = 1) -> Layout:
     return Layout(tuple(numels), tuple(offsets[:-1]), segment, world_size)
 
 
-def whole(numels: Sequence[int], world_size: int, *, align: int = 1) -> Layout:
-    """Lay each parameter out in the segment of one rank, so that segments are about equally full."""
-    owners = assign_writers(numels, world_size)
+def whole(numels: Sequence[int], world_size: int, *, align: int = 1, load: Sequence[int] | None = None) -> Layout:
+    """Lay each parameter out in the segment of one rank, so that segments are about equally full.
+
+    Args:
+        numels: of each parameter, in the order of the bucket.
+        world_size: ranks that share the bucket.
+        align: segments have a multiple of so many elements.
+        load: elements that each rank owns elsewhere; the fullest segment is that of the rank with the least.
+    """
+    owners = _spread(numels, world_size, load or [0] * world_size)
     filled = [0] * world_size
     within = []
     for numel, owner in zip(numels, owners, strict=True):
@@ -102,3 +109,26 @@ def whole(numels: Sequence[int], world_size: int, *, align: int = 1) -> Layout:
     segment = -(-max(filled) // align) * align
     offsets = [owner * segment + at for owner, at in zip(owners, within, strict=True)]
     return Layout(tuple(numels), tuple(offsets), segment, world_size)
+
+
+def _spread(numels: Sequence[int], world_size: int, load: Sequence[int]) -> list[int]:
+    """Return the rank of each item: as many in all for each as can be, the most for the rank of least ``load``."""
+    shares = assign_writers(numels, world_size)
+    filled = [0] * world_size
+    for numel, share in zip(numels, shares, strict=True):
+        filled[share] += numel
+    fullest_first = sorted(range(world_size), key=lambda share: (-filled[share], share))
+    least_first = sorted(range(world_size), key=lambda rank: (load[rank], rank))
+    rank_of = dict(zip(fullest_first, least_first, strict=True))
+    return [rank_of[share] for share in shares]
+
+
+def whole_each(buckets: Sequence[Sequence[int]], world_size: int) -> list[Layout]:
+    """Lay out each bucket as :func:`whole`, so that over all of them the ranks own about equally much."""
+    load = [0] * world_size
+    layouts = []
+    for numels in buckets:
+        layouts.append(whole(numels, world_size, load=load))
+        for index, numel in enumerate(numels):
+            load[layouts[-1].owner(index)] += numel
+    return layouts
