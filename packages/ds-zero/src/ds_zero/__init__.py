@@ -1,5 +1,7 @@
 """ds-zero: ZeRO: optimizer state and gradients divided over the ranks.
 
+Names are resolved on first use (PEP 562), so ``import ds_zero`` loads no torch.
+
 >>> import ds_zero
 >>> ds_zero.__version__
 '0.1.0'
@@ -7,6 +9,34 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
 
-__all__: list[str] = []
+_HERE = {
+    "ZeroStage1": "partition",
+    "ZeroStage2": "partition",
+    "DeepSpeedZeroOptimizer": "faces",
+    "estimate_zero2_model_states_mem_needs": "estimates",
+    "estimate_zero2_model_states_mem_needs_all_cold": "estimates",
+    "estimate_zero2_model_states_mem_needs_all_live": "estimates",
+    "estimate_zero3_model_states_mem_needs": "estimates",
+    "estimate_zero3_model_states_mem_needs_all_cold": "estimates",
+    "estimate_zero3_model_states_mem_needs_all_live": "estimates",
+}
+"""Public name -> the module here that has it."""
+
+__all__ = sorted(_HERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HERE:
+        raise AttributeError(f"module 'ds_zero' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"ds_zero.{_HERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -194,6 +194,11 @@ class _Stage12(Partition):
 
     def refresh_masters(self) -> None:
         self._weights.refresh()
+
+    def optimizer_face(self, engine: Any) -> Any:
+        from ds_zero.faces import DeepSpeedZeroOptimizer
+
+        return DeepSpeedZeroOptimizer(engine)
 
     def report(self) -> Mapping[str, str]:
         sizes = [bucket.layout.total * bucket.dtypes.reduce.itemsize for bucket in self._gradients.buckets]

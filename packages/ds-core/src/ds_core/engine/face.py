@@ -54,7 +54,8 @@ class EngineFace(ConfigGetters, nn.Module):
     _face: Callable[[], Any] = staticmethod(lambda: None)
 
     _LATER: ClassVar[dict[str, str]] = {
-        "no_sync": "gradients are reduced only at the end of a window already; leave no_sync() out",
+        "no_sync": "leave no_sync() out: below stage 2 gradients are reduced only at the end of a window already, "
+        "from stage 2 on a rank keeps its share alone, so every backward reduces",
         "coalesce_grad_reduction": "call engine.backward several times before engine.step()",
         "scale": "call engine.backward(loss)",
         "offload_states": "it comes with ds-zero",
@@ -65,7 +66,7 @@ class EngineFace(ConfigGetters, nn.Module):
 
     @property
     def optimizer(self) -> Any:
-        """The precision's face over the torch optimizer where it has one, such as ``FP16_Optimizer``, else that itself.
+        """The partition's or the precision's face over the torch optimizer where one has one, else that itself.
 
         None for an engine that only runs forward.
         """
@@ -73,7 +74,9 @@ class EngineFace(ConfigGetters, nn.Module):
             return None
         face = self._face()
         if face is None:
-            face = self.parts.precision.optimizer_face(self)
+            face = self.parts.partition.optimizer_face(self)
+            if face is None:
+                face = self.parts.precision.optimizer_face(self)
             if face is None:
                 return self.basic_optimizer
             # Weakly: a face holds its engine, and a cycle would keep a dropped engine's memory for a while.
