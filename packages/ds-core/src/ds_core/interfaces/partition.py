@@ -203,13 +203,6 @@ class Partition(ABC):
         """
         return None
 
-    def optimizer_face(self, engine: Any) -> Any:
-        """Return what users get as ``engine.optimizer``: an object with DeepSpeed's surface over ``engine.parts``.
-
-        None: what the precision returns, see ``Precision.optimizer_face``.
-        """
-        return None
-
     def report(self) -> Mapping[str, str]:
         """Return what a user may want to know: option or buffer -> its effect here."""
         return {}
