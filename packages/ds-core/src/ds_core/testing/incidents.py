@@ -209,7 +209,7 @@ def wrong_incidents(
     Args:
         cases: names of ``INCIDENTS``, each with what is trained; the same on every rank.
         config: sections to add, see :func:`ds_core.testing.reference.train`.
-        how: ``gradients`` and ``weights``, as there.
+        how: ``weights``, as there.
     """
     trained = []
     for scenario, case in cases:

@@ -10,26 +10,35 @@ one step. So gradients of a step are computed at the weights the engine had befo
 each step on their own; losses are then those of equal weights. Masters run on by themselves: they add up what the
 steps may be off.
 
-Note: the gradient bound. With equal weights, both sides have the same gradient of each micro-batch, bit for bit. They
-may add them in another order: n = ranks x accumulation terms g in a dtype of unit roundoff u, one rounding per
+Note: the gradient bound. With equal weights, both sides have the same gradient of each backward, bit for bit. They may
+add them in another order: n = ranks x accumulation x backwards terms g in a dtype of unit roundoff u, one rounding per
 addition, so that each side is within (n - 1) u' sum|g| of the true sum, u' = u / (1 - n u), element by element (Higham,
 Accuracy and Stability of Numerical Algorithms, section 4.2). The bound of the relative L2 error of a tensor is
 
     2 (n - 1) u' |sum|g|| / |sum g|
 
-with n for n - 1 where the reduce dtype is the coarser one, since each term is rounded to it first, and plus 2 u where
-the reduced sum is cast back to the accumulation dtype (one rounding on each side). u is 2**-8 in bf16, 2**-11 in fp16:
-the larger of the accumulation and the reduce dtype's. On one rank without accumulation the bound is 0. Adding in fp16
-brings no other error below its normal range, where sums are exact; a cast to it from another dtype does, of half its
-least number, 2**-25, per element, rank and side. A parameter used twice in one forward has a
-gradient of two terms, which autograd may add in the dtype it is stored or accumulated in: one rounding, where these
-differ.
+and one rounding more, on each side, for
+
+- each cast to the reduce dtype where that is the coarser one,
+- each cast back to an accumulation dtype that is another one,
+- each share that a window which was reduced already is divided into, before it is reduced again (stage 0).
+
+With one backward per micro-batch, a gradient is sent once, at any stage: at stage 2 the sum of a window is one of sums
+that were sent. With b backwards what the first one reduced may be sent b times, and divided b - 1 times. (A stage that
+puts each reduced element back on one rank adds zeros to it, which rounds nothing: b sums over w ranks and the additions
+of a window are at most n - 1 roundings together.) u is 2**-8 in bf16, 2**-11 in fp16: the larger of the accumulation
+and the reduce dtype's. On one rank with one backward the bound is 0, and nothing is cast for a journey that there is
+not. Adding in fp16 brings no other error below its normal range, where sums are exact; a cast to it from another dtype
+does, and a division, of half its least number, 2**-25, per element, rank, backward and side. A parameter used twice in
+one forward has a gradient of two terms, which autograd may add in the dtype it is stored or accumulated in: one
+rounding, where these differ. In which order and dtype a backend adds is within this, see "orders of summing" in
+:mod:`ds_core.testing.reference`.
 
 Note: the weight bound. A master moves by lr (1 + 0.9 + ... + 0.9**(k - 1)) times the gradient's error after k steps of
-SGD with momentum 0.9, and by at most 2 lr / eps times it with Adam, whose update has slope 1 / eps in a gradient and
-another in its square's root. The sum of these over the steps bounds its error; clipping adds the relative error of the
-norm. A weight with a master equals the master, cast, bit for bit. What the optimizer itself rounds is u of the updated
-dtype: up to 16 roundings of the weight and of what it was moved by.
+SGD with momentum 0.9, by at most 2 lr / eps times it with Adam, whose update has slope 1 / eps in a gradient and
+another in its square's root, and by 2.25 lr times it with ``WholeSGD``. The sum of these over the steps bounds its
+error; clipping adds the relative error of the norm. A weight with a master equals the master, cast, bit for bit. What
+the optimizer itself rounds is u of the updated dtype: up to 16 roundings of the weight and of what it was moved by.
 """
 
 from __future__ import annotations
@@ -58,23 +67,29 @@ from ds_core.testing.reference import (
     build_model,
     loss_of,
     micro_batch,
+    reference,
     train,
 )
+from ds_core.testing.reference import differences as elementwise_differences
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 __all__ = [
     "FACTORS",
     "PRECISIONS",
     "Expected",
     "Meaning",
+    "Measured",
     "Scaler",
     "case_of",
     "check",
     "differences",
     "emulate",
+    "measure",
+    "measured_cases",
     "shared_out",
+    "unnoticed",
     "wrong_cases",
 ]
 
@@ -99,10 +114,10 @@ _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "fp16": torch.float1
 def case_of(row: Mapping[str, Any]) -> Case:
     """Return the case of a combination of ``FACTORS``, or the nearest one that can be trained.
 
-    Autocast keeps no masters, so what was given in 16 bits cannot accumulate in another dtype: that is refused.
+    Without masters, what was given in 16 bits cannot accumulate in another dtype: that is refused.
     """
     case = Case(**row)
-    if case.precision.startswith("autocast") and case.model in MIXED_MODELS:
+    if not Meaning.of(case).has_masters and case.model in MIXED_MODELS:
         case = replace(case, accumulate=None)
     return case
 
@@ -163,6 +178,24 @@ class Expected(Trace):
     norm_bounds: list[float] = field(default_factory=list)
     weight_bounds: list[dict[str, float]] = field(default_factory=list)
     """Of what the optimizer updates: the master, or the weight that has none."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How far a case is off."""
+
+    gradient: tuple[float, float] = (0.0, 0.0)
+    """The largest L2 error of a gradient in any step, relative to its norm, and what that tensor may be off by."""
+    weight: tuple[float, float] = (0.0, 0.0)
+    """The same of what the optimizer updates: masters, and weights that have none."""
+    share: float = 0.0
+    """The largest part of its bound that any tensor used, 1 at most."""
+
+    def __or__(self, other: Measured) -> Measured:
+        """Return the larger of both."""
+        return Measured(
+            max(self.gradient, other.gradient), max(self.weight, other.weight), max(self.share, other.share)
+        )
 
 
 def emulate(
@@ -226,7 +259,7 @@ class _Emulation:
         self.updated = {
             name: self.masters.get(name, param) for name, param in self.params.items() if param.requires_grad
         }
-        self.optimizer = getattr(torch.optim, case.optimizer)(list(self.updated.values()), **case.options)
+        self.optimizer = case.build_optimizer(list(self.updated.values()))
         self.scaler = scaler or _scaler_of(case)
         self.reduced_low = _low_when_reduced(self.model)
         self.used_twice = {name for name in self.params if name.startswith("block.")}
@@ -307,10 +340,11 @@ class _Emulation:
     def _local(self, step: int, rank: int, scale: float) -> dict[str, tuple[Tensor, Tensor]]:
         """Return ``rank``'s gradients, each with the sum of the micro-batches' magnitudes."""
         found: dict[str, tuple[Tensor, Tensor]] = {}
+        # Several backwards of a micro-batch are summed, as calls of loss.backward() are.
         factor = 0.0 if step in self.zero else scale / (self.case.accumulation * self.world_size)
         for name, buffer in self.buffers.items():
             buffer.copy_(self.buffers_of[rank][name])
-        for micro in range(self.case.accumulation):
+        for micro in range(self.case.per_window):
             with torch.autocast("cpu", self.meaning.autocast, enabled=self.meaning.autocast is not None):
                 output = self.model(*self.data(step, micro, rank))
             loss = loss_of(output)
@@ -332,14 +366,19 @@ class _Emulation:
         accumulate, reduce = self._accumulate_dtype(name), self._reduce_dtype(name)
         if self.world_size == 1:
             reduce = accumulate
-        terms = self.world_size * self.case.accumulation
+        backwards = self.case.backwards
+        terms = self.world_size * self.case.per_window
         u = max(_roundoff(accumulate), _roundoff(reduce))
-        roundings = terms if _roundoff(reduce) > _roundoff(accumulate) else terms - 1
+        roundings = terms - 1
+        if self.world_size > 1:
+            roundings += backwards - 1
+        if _roundoff(reduce) > _roundoff(accumulate):
+            roundings += backwards
         bound = 2 * roundings * u / (1 - terms * u) * _norm(size)
         if accumulate != reduce:
-            bound += 2 * u * _norm(gradient)
-            if torch.float16 in (accumulate, reduce):
-                bound += 2 * self.world_size * FP16_UNDERFLOW * gradient.numel() ** 0.5
+            bound += 2 * backwards * u * _norm(size)
+        if torch.float16 in (accumulate, reduce) and (accumulate != reduce or backwards > 1):
+            bound += 2 * terms * FP16_UNDERFLOW * gradient.numel() ** 0.5
         if name in self.used_twice and accumulate != self.params[name].dtype:
             bound += _roundoff(self.params[name].dtype) * _norm(size)
         return bound
@@ -368,6 +407,8 @@ class _Emulation:
         target = self.updated[name]
         if self.case.optimizer == "SGD":
             slope = LR * (1 - MOMENTUM**self.applied) / (1 - MOMENTUM)
+        elif self.case.optimizer == "WholeSGD":
+            slope = 2.25 * LR
         else:
             slope = 2 * LR / ADAM_EPS
         own = OPTIMIZER_ROUNDINGS * _roundoff(target.dtype) * (_norm(target) + slope * self.moved[name])
@@ -400,33 +441,77 @@ def check(
         case: what.
         config: sections to add, see :func:`ds_core.testing.reference.train`.
         tamper: for showing that the comparison notices, as there.
-        how: ``gradients`` and ``weights``, as there.
+        how: ``weights``, as there.
     """
     if tamper is not None:
         how["tamper"] = tamper
-    return _problems(case, train(case, config, **how))
+    return _problems(case, train(case, config, **how), {})
 
 
-def _problems(case: Case, mine: Trace) -> list[str]:
-    expected = emulate(case, comm.get_world_size(), comm.get_rank(), follow=mine)
-    found = differences(mine, expected)
+def unnoticed(mutations: Iterable[tuple[Case, float]]) -> dict[tuple[Case, float], list[str]]:
+    """Train with rank 1's loss times a factor; return what a comparison takes for right in the first step.
+
+    The mutation check of P03: each gradient and each weight alone must notice, in every comparison that is made of the
+    case. Collective.
+
+    Args:
+        mutations: cases, with SGD and without clipping, each with a factor.
+    """
+    found = {}
+    for case, factor in mutations:
+        mine = train(case, steps=1, tamper=partial(torch.mul, other=factor) if comm.get_rank() == 1 else torch.clone)
+        names = [name for name, param in build_model(case).named_parameters() if param.requires_grad]
+        missed = [
+            f"{what} {name}"
+            for problems in _comparisons(case, mine, {})
+            for name in names
+            for what in ("gradient of", "weight")
+            if not any(problem.startswith(f"step 0: {what} {name} is off by ") for problem in problems)
+        ]
+        if missed:
+            found[case, factor] = missed
+    return found
+
+
+def _problems(case: Case, mine: Trace, measured: dict[Case, Measured]) -> list[str]:
+    return [problem for found in _comparisons(case, mine, measured) for problem in found]
+
+
+def _comparisons(case: Case, mine: Trace, measured: dict[Case, Measured]) -> list[list[str]]:
+    """Return what each comparison finds: in norm, and by element where all is in fp32."""
+    world_size, rank = comm.get_world_size(), comm.get_rank()
+    expected = emulate(case, world_size, rank, steps=len(mine.losses), follow=mine)
+    measured[case] = measure(mine, expected)
+    found = [differences(mine, expected)]
     if any(expected.skipped):
-        found.append("a step overflowed in plain PyTorch too, so its gradients were not compared")
+        found.append(["a step overflowed in plain PyTorch too, so its gradients were not compared"])
+    if case.is_elementwise_comparable:
+        found.append(elementwise_differences(case, mine, reference(case, world_size, rank)))
     return found
 
 
 def wrong_cases(cases: Iterable[Case], config: Mapping[str, Any] | None = None, **how: Any) -> dict[str, list[str]]:
     """Train every case on every rank of the process group; return those that are off, with what is.
 
-    Ranks must agree bit for bit, so each compares its share of the cases with plain PyTorch.
+    Ranks must agree bit for bit, so each compares its share of the cases with plain PyTorch: in norm, and where all is
+    in fp32 by element too.
 
     Args:
         cases: the same on every rank.
         config: sections to add, see :func:`ds_core.testing.reference.train`.
-        how: ``gradients`` and ``weights``, as there.
+        how: ``weights``, as there.
     """
+    return measured_cases(cases, config, **how)[0]
+
+
+def measured_cases(
+    cases: Iterable[Case], config: Mapping[str, Any] | None = None, **how: Any
+) -> tuple[dict[str, list[str]], dict[Case, Measured]]:
+    """Do as :func:`wrong_cases`; return also how far each case is off that this rank compared."""
+    measured: dict[Case, Measured] = {}
     traces = [(case, train(case, config, **how)) for case in cases]
-    return shared_out([(str(case), trace, partial(_problems, case, trace)) for case, trace in traces])
+    wrong = shared_out([(str(case), trace, partial(_problems, case, trace, measured)) for case, trace in traces])
+    return wrong, measured
 
 
 def shared_out(trained: Sequence[tuple[str, Trace, Callable[[], list[str]]]]) -> dict[str, list[str]]:
@@ -504,19 +589,52 @@ def _loss_differences(step: int, mine: Trace, expected: Expected) -> list[str]:
     ]
 
 
+def measure(mine: Trace, expected: Expected) -> Measured:
+    """Return the largest errors of all steps that were not skipped in plain PyTorch."""
+    found = Measured()
+    for step in range(len(expected.skipped)):
+        if not expected.skipped[step]:
+            for _, off, allowed, norm in _gradient_errors(step, mine, expected):
+                found |= Measured(gradient=(off / norm, allowed / norm), share=_share(off, allowed))
+        for _, off, allowed, norm in _weight_errors(step, mine, expected):
+            found |= Measured(weight=(off / norm, allowed / norm), share=_share(off, allowed))
+    return found
+
+
+def _share(off: float, allowed: float) -> float:
+    if off == 0.0:
+        return 0.0
+    return off / allowed if allowed > 0 else float("inf")
+
+
+def _gradient_errors(step: int, mine: Trace, expected: Expected) -> Iterator[tuple[str, float, float, float]]:
+    """Yield name, error, bound and norm (1 for nothing) of each gradient that both have."""
+    for name, want in expected.gradients[step].items():
+        got = mine.gradients[step][name]
+        if want is not None and got is not None:
+            off = _norm(got.double() - want.double())
+            yield name, off, expected.gradient_bounds[step][name], _norm(want) or 1.0
+
+
+def _weight_errors(step: int, mine: Trace, expected: Expected) -> Iterator[tuple[str, float, float, float]]:
+    """Yield the same of each weight, or its master."""
+    masters = mine.masters[step]
+    for name, weight in mine.weights[step].items():
+        got, want = masters.get(name, weight), expected.masters[step].get(name, expected.weights[step][name])
+        off = _norm(got.double() - want.double())
+        yield name, off, expected.weight_bounds[step].get(name, 0.0), _norm(want) or 1.0
+
+
 def _gradient_differences(step: int, mine: Trace, expected: Expected) -> list[str]:
     found = []
     for name, want in expected.gradients[step].items():
         got = mine.gradients[step][name]
-        if want is None or got is None:
-            if (want is None) != (got is None):
-                found.append(f"step {step}: gradient of {name} is {got}, expected {want}")
-            continue
-        if got.dtype != want.dtype:
+        if (want is None) != (got is None):
+            found.append(f"step {step}: gradient of {name} is {got}, expected {want}")
+        elif want is not None and got is not None and got.dtype != want.dtype:
             found.append(f"step {step}: gradient of {name} is in {got.dtype}, expected {want.dtype}")
-        off, allowed = _norm(got.double() - want.double()), expected.gradient_bounds[step][name]
+    for name, off, allowed, of in _gradient_errors(step, mine, expected):
         if not off <= allowed:
-            of = _norm(want) or 1.0
             found.append(f"step {step}: gradient of {name} is off by {off / of:.2e}, allowed {allowed / of:.2e}")
     if not abs(mine.norms[step] - expected.norms[step]) <= expected.norm_bounds[step]:
         found.append(
@@ -528,14 +646,14 @@ def _gradient_differences(step: int, mine: Trace, expected: Expected) -> list[st
 
 def _weight_differences(step: int, mine: Trace, expected: Expected) -> list[str]:
     found = []
-    masters, weights = mine.masters[step], mine.weights[step]
+    masters = mine.masters[step]
     if masters.keys() != expected.masters[step].keys():
         found.append(f"step {step}: masters of {sorted(masters)}, expected {sorted(expected.masters[step])}")
-    for name, weight in weights.items():
-        got, want = masters.get(name, weight), expected.masters[step].get(name, expected.weights[step][name])
-        if name in masters and not torch.equal(weight, got.to(weight.dtype)):
+    for name, master in masters.items():
+        weight = mine.weights[step][name]
+        if not torch.equal(weight, master.to(weight.dtype)):
             found.append(f"step {step}: weight {name} is not its master, cast")
-        off, allowed = _norm(got.double() - want.double()), expected.weight_bounds[step].get(name, 0.0)
+    for name, off, allowed, _ in _weight_errors(step, mine, expected):
         if not off <= allowed:
             found.append(f"step {step}: weight {name} is off by {off:.2e}, allowed {allowed:.2e}")
     return found
