@@ -110,7 +110,7 @@ def new(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """Train a small GPT on real text, stop, resume, sample; arguments go to examples/demo.py."""
     requirements = ROOT / "examples" / "requirements.txt"
-    install(session, *editable("ds-core", "ds-launcher", "ds-fp16"), "-r", str(requirements))
+    install(session, *editable("ds-core", "ds-launcher", "ds-fp16", "ds-zero"), "-r", str(requirements))
     # The demo uses the machine's cores itself.
     session.run("python", "examples/demo.py", *session.posargs, env={"OMP_NUM_THREADS": None})
 

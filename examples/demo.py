@@ -2,6 +2,7 @@
 
     nox -s demo                      or, where ds-core, ds-launcher and ds-fp16 are installed: python examples/demo.py
     nox -s demo -- --precision fp32  the same in fp32; or fp16, autocast; bf16 is the default
+    nox -s demo -- -- --zero 2       the same with optimizer state and gradients divided; needs ds-zero
 
 Each step is a command that works by itself; the demo only prints and runs one after the other. What they write is in
 ``runs/demo``. ``examples/gpt/README.md`` walks through the code.

@@ -4,9 +4,10 @@
     ds run --nproc 2 train.py --out runs/gpt --resume         goes on from the last checkpoint
     python train.py --config my_ds_config.json                one process, another configuration
     python train.py --precision fp32                          the same configuration, but this precision
+    ds run --nproc 2 train.py --zero 2                        optimizer state and gradients divided over the ranks
 
 Batch size, optimizer, schedule, precision and ZeRO stage are read from the configuration; this file knows none of them.
-``--precision`` only switches sections of the configuration on and off.
+``--precision`` and ``--zero`` only change what stands in the configuration.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ PRECISIONS = {"fp32": None, "fp16": "fp16", "bf16": "bf16", "autocast": "torch_a
 def main() -> None:
     args = parse_arguments()
     if args.precision:
-        args.deepspeed_config = with_precision(json.loads(Path(args.deepspeed_config).read_text()), args.precision)
+        args.deepspeed_config = with_precision(read_config(args), args.precision)
+    if args.zero is not None:
+        args.deepspeed_config = with_stage(read_config(args), args.zero)
     torch.manual_seed(args.seed)
     model = GPT(GPTConfig(context=args.context, layers=args.layers, heads=args.heads, channels=args.channels))
 
@@ -120,11 +123,21 @@ def train(engine: DeepSpeedEngine, loader: Iterable[Batch], args: argparse.Names
     report.say(f"stopped at step {engine.global_steps} of {args.steps}, {seconds:.0f} s of training; see {args.out}")
 
 
+def read_config(args: argparse.Namespace) -> dict[str, Any]:
+    given = args.deepspeed_config
+    return given if isinstance(given, dict) else json.loads(Path(given).read_text())
+
+
 def with_precision(config: dict[str, Any], precision: str) -> dict[str, Any]:
     """Return ``config`` with the section of ``precision`` enabled, the others not; what else they say is kept."""
     chosen = PRECISIONS[precision]
     sections = {name: {**config.get(name, {}), "enabled": name == chosen} for name in PRECISIONS.values() if name}
     return {**config, **sections}
+
+
+def with_stage(config: dict[str, Any], stage: int) -> dict[str, Any]:
+    """Return ``config`` with ZeRO stage ``stage``; what else the section says is kept."""
+    return {**config, "zero_optimization": {**config.get("zero_optimization", {}), "stage": stage}}
 
 
 def validation_batches(context: int) -> list[Batch]:
@@ -160,6 +173,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deepspeed_config", "--config", default=str(HERE / "ds_config.json"), help="a ds_config.json")
     parser.add_argument("--precision", choices=PRECISIONS, help="instead of the configuration's")
+    parser.add_argument("--zero", type=int, choices=[0, 1, 2], help="ZeRO stage, instead of the configuration's")
     parser.add_argument("--out", type=Path, default=Path("runs/gpt"), help="folder of checkpoints and history")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps in all, as the schedule has them")
