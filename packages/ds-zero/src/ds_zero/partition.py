@@ -12,6 +12,7 @@ from ds_core.interfaces.logical import GRADIENT, MASTER, WEIGHT, Chunk, LogicalT
 from ds_core.interfaces.partition import OverflowSource, Partition, PartitionInputs, SquaredNorm
 from ds_core.ops import best
 from ds_core.partition.arithmetic import plan_buckets
+from ds_core.partition.changes import ModelWatch
 from ds_core.partition.stored import cast_stored, stored_pieces
 from ds_zero.gradients import ShardBucket, ShardedGradients
 from ds_zero.layout import cut, whole
@@ -57,6 +58,7 @@ class _Stage12(Partition):
         )
         cast_stored(inputs.module, inputs.dtypes, inputs.plan)
         self._weights.note_versions()
+        self._watch = ModelWatch(inputs.module, self._params, inputs.names, keeps_data=True)
         self._place = {param: (bucket, at) for bucket in buckets for at, param in enumerate(bucket.params)}
         self._gradients = ShardedGradients(
             buckets,
@@ -116,7 +118,7 @@ class _Stage12(Partition):
         return Piece(of, chunk, shard.updated, writer)
 
     def begin_backward(self, *, reduce: bool) -> None:
-        self._gradients.begin(reduce=reduce)
+        self._gradients.begin(reduce=reduce, change=self._watch.change() if reduce else None)
 
     def end_backward(self) -> None:
         self._gradients.end()
