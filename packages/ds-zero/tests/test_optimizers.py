@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import ds_core
 from ds_core import comm
 from ds_core.errors import CommError, ConfigError, EngineError
 from ds_core.optim.elementwise import OF_TORCH
+from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 from ds_core.testing.ranks import run_ranks
 from ds_core.utils import safe_get_full_fp32_param
 
@@ -91,8 +93,11 @@ class MyAdam(torch.optim.Adam):
 
 
 def groups_of(model: Model, **of_second: Any) -> list[dict[str, Any]]:
-    params = list(model.parameters())
-    return [{"params": params[:2]}, {"params": params[2:], **of_second}]
+    """Return three groups; of the last, with one small tensor, some ranks own nothing at all."""
+    last = model.scalar if hasattr(model, "scalar") else model.b
+    first = [param for param in (model.a, model.b) if param is not last]
+    others = [param for param in model.parameters() if not any(param is known for known in (*first, last))]
+    return [{"params": first}, {"params": others, **of_second}, {"params": [last], "lr": 0.03}]
 
 
 def cases() -> dict[str, tuple[dict[str, tuple[int, ...]], bool, Callable[[list[dict[str, Any]]], Any]]]:
@@ -199,16 +204,19 @@ def state_of(engine: DeepSpeedEngine, wrong: dict[str, Any], name: str) -> None:
     optimizer = engine.basic_optimizer
     assert optimizer is not None
     tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    names = [key for key, param in engine.module.named_parameters() if param.requires_grad]
-    if len(tensors) != len(names) or len(optimizer.param_groups[0]["params"]) != 2:
+    model = engine.module
+    expected = [[param for param in group["params"] if param.requires_grad] for group in groups_of(model)]
+    sizes = [len(group) for group in expected]
+    if [len(group["params"]) for group in optimizer.param_groups] != sizes:
         wrong[f"{name}, groups"] = [len(group["params"]) for group in optimizer.param_groups]
     if set(optimizer.state) - set(tensors):
         wrong[f"{name}, state"] = "of others than it updates"
-    unused = tensors[names.index("unused")]
+    # It was given in the second group; Adagrad makes its state before it knows.
+    unused = tensors[sizes[0] + next(at for at, param in enumerate(expected[1]) if param is model.unused)]
     if optimizer.state.get(unused) and not isinstance(optimizer, torch.optim.Adagrad):
         wrong[f"{name}, unused"] = optimizer.state[unused]
     saved = optimizer.state_dict()
-    if [group["params"] for group in saved["param_groups"]] != [[0, 1], list(range(2, len(tensors)))]:
+    if [len(group["params"]) for group in saved["param_groups"]] != sizes:
         wrong[f"{name}, state dict"] = saved["param_groups"]
     optimizer.load_state_dict(copy.deepcopy(saved))
 
@@ -354,8 +362,71 @@ def refuse_groups() -> list[str]:
     return wrong
 
 
+def build_lamb(groups: list[dict[str, Any]]) -> Lamb:
+    return Lamb(groups, lr=0.05)
+
+
+class Keeps(torch.optim.SGD):
+    """Has a list of what was, of which nobody can say what it is for a part."""
+
+    elementwise = True
+
+    def step(self, closure: None = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["last"] = [param.detach().clone()]
+
+
+def made_here() -> list[str]:
+    """Let the engine make optimizers: by name, class and callable; return what is wrong."""
+    wrong = []
+    by_name = {
+        "Adam": (torch.optim.AdamW, {}),
+        "AdamW": (torch.optim.AdamW, {"betas": [0.8, 0.9]}),
+        "SGD": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        "RMSprop": (torch.optim.RMSprop, {}),
+        "Adafactor": (torch.optim.Adafactor, {}),
+    }
+    for name, given in [*by_name.items(), *((None, cls) for cls in (torch.optim.Adam, MyAdam, build_lamb))]:
+        plain = Model(SHAPES, empty=False)
+        if name is None:
+            made_by: Any = partial(given, rate=0.05) if given is MyAdam else given
+            expected, arguments = made_by(groups_of(plain)), {"optimizer": made_by}
+        else:
+            options = {"lr": 0.05, "weight_decay": 0.25, **given[1]}
+            expected = given[0](groups_of(plain), **options)
+            arguments = {"sections": {"optimizer": {"type": name, "params": options}}}
+        train_plainly(plain, expected)
+        for stage in STAGES[1:]:
+            model = Model(SHAPES, empty=False)
+            engine = start(stage, model, model_parameters=groups_of(model), **arguments)
+            train(engine)
+            if type(engine.basic_optimizer) is not type(expected):
+                wrong.append(f"{name}, {stage}: {engine.basic_optimizer}")
+            ends = weights(engine)
+            wrong += [
+                f"{name} {given}, {stage}: {key}"
+                for key, value in plain.named_parameters()
+                if not is_close(ends[key], value)
+            ]
+    for stage in STAGES[1:]:
+        model = Model(SHAPES)
+        optimizer = Keeps(model.parameters(), lr=0.05)
+        train_plainly(model, optimizer, range(1))
+        try:
+            start(stage, model, optimizer=optimizer)
+        except ConfigError as caught:
+            if "'last' has neither a value per element" not in str(caught):
+                wrong.append(str(caught))
+        else:
+            wrong.append("state was cut that cannot be")
+    return wrong
+
+
 JOBS: dict[str, dict[int, Callable[[], Any]]] = {
     "as in plain PyTorch": {2: partial(compare, list(CASES), "fp32"), 3: partial(compare, ONE_OF_EACH, "fp32")},
+    "made by the engine": {2: made_here},
     "with state from before": {2: partial(go_on, adding=False), 3: partial(go_on, adding=False)},
     "with state, and a group more": {2: partial(go_on, adding=True)},
     "a group more": {2: partial(add_groups, "fp32")},
@@ -381,3 +452,16 @@ def test_any_optimizer(results: dict[str, list[Any]], job: str) -> None:
 
 def test_every_job_runs_somewhere() -> None:
     assert all(by_world and set(by_world) <= set(WORLD_SIZES) for by_world in JOBS.values())
+
+
+@pytest.mark.parametrize(
+    ("stage", "optimizer", "is_told"),
+    [(0, Lamb, False), (1, Lamb, True), (2, Keeps, False), (1, torch.optim.SGD, False)],
+)
+def test_an_optimizer_of_which_nothing_is_known_is_told(
+    stage: int, optimizer: Any, is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "ds_core"):
+        start(stage, Model(SHAPES), optimizer=partial(optimizer, lr=0.05))
+    told = "Lamb does not say whether it is elementwise, so each parameter is updated whole, by one rank"
+    assert any(told in message for message in caplog.messages) is is_told

@@ -13,7 +13,7 @@ import torch
 from ds_core.checkpoint.plain import PlainCheckpoint
 from ds_core.errors import CheckpointError
 from ds_core.interfaces.logical import WEIGHT, Chunk, LogicalTensor, Piece, Snapshot
-from ds_core.optim.slots import check_groups, group_state, restore_optimizer, slot_pieces, slot_values
+from ds_core.optim.slots import check_groups, group_state, merge_values, restore_optimizer, slot_pieces, slot_values
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -178,6 +178,72 @@ def test_a_slot_of_another_shape_belongs_to_the_whole_parameter():
     assert found["matrix", "step"].of.shape == ()
     assert found["vector", "variance"].chunk == Chunk.whole((6,))
     assert all(piece.data.numel() == piece.chunk.length for piece in found.values())
+
+
+def shards(scalar: float | None) -> tuple[torch.optim.Optimizer, list[Piece]]:
+    """Return what a rank updates of a scalar, nothing or all of it, and of a vector, one element."""
+    parts = {"scalar": [] if scalar is None else [scalar], "vector": [1.0]}
+    chunks = {
+        "scalar": Chunk(Chunk.whole(()).box, 0, len(parts["scalar"])),
+        "vector": Chunk(Chunk.whole((6,)).box, 4, 1),
+    }
+    pieces = [
+        Piece(LogicalTensor(name, WEIGHT, SHAPES[name], "float32"), chunks[name], torch.tensor(part).requires_grad_())
+        for name, part in parts.items()
+    ]
+    return torch.optim.AdamW([piece.data for piece in pieces], fused=True), pieces
+
+
+@pytest.mark.parametrize("scalar", [None, 2.0])
+def test_a_rank_with_none_of_a_scalar_has_its_whole_step_count(scalar, tmp_path):
+    original = build("fused AdamW")
+    run(*original, range(2))
+    state = save(*original, tmp_path)
+    expected = original[0].state[original[1][4].data]
+    state["groups"] = [{**state["groups"][0], "names": ["scalar", "vector"]}]
+    optimizer, pieces = shards(scalar)
+    with PlainCheckpoint(None, None).open(tmp_path, "tag") as reader:
+        restore_optimizer(optimizer, pieces, reader, state["groups"], state["values"])
+    loaded = optimizer.state[pieces[0].data]
+    assert same(loaded["step"], torch.tensor(2.0))
+    assert same(loaded["exp_avg"], expected["exp_avg"].reshape(1)[: pieces[0].data.numel()])
+    found = {piece.of.kind: piece for piece in slot_pieces(optimizer, pieces) if piece.of.name == "scalar"}
+    assert {piece.of.shape for piece in found.values()} == {()}
+    assert (found["step"].chunk, found["exp_avg"].chunk) == (Chunk.whole(()), pieces[0].chunk)
+
+
+def test_one_element_of_a_count_is_not_one_of_the_parameter():
+    optimizer, pieces = shards(None)
+    optimizer.state[pieces[0].data] = {"count": torch.zeros(1), "moment": torch.zeros(0)}
+    optimizer.state[pieces[1].data] = {"count": torch.ones(1), "moment": torch.ones(1)}
+    found = {(piece.of.name, piece.of.kind): piece for piece in slot_pieces(optimizer, pieces)}
+    # Another rank has the beginning of the vector, and with it the count.
+    assert ("vector", "count") not in found
+    assert found["vector", "moment"].of.shape == (6,)
+    assert found["scalar", "count"].of.shape == (1,)
+    assert found["scalar", "moment"].of.shape == ()
+
+
+def test_values_come_from_ranks_that_have_elements_and_first_from_the_beginning():
+    optimizer, pieces = shards(None)
+    for piece in pieces:
+        optimizer.state[piece.data]["steps"] = 3
+    assert slot_values(optimizer, pieces) == {"vector": {"steps": 3}}
+    first, second = {"vector": {"steps": 3}, "scalar": {"steps": 1}}, {"vector": {"steps": 4}, "matrix": {"steps": 5}}
+    assert merge_values([{}, first, second]) == {**second, **first}
+    assert merge_values([]) == {}
+
+
+def test_no_state_is_loaded_for_tensors_of_other_ranks(tmp_path):
+    original = build("Adafactor")
+    run(*original, range(1, 2))
+    state = save(*original, tmp_path)
+    optimizer, pieces = build("Adafactor")
+    elsewhere = {piece.data for piece in pieces if piece.of.name in ("row", "vector")}
+    with PlainCheckpoint(None, None).open(tmp_path, "tag") as reader:
+        restore_optimizer(optimizer, pieces, reader, state["groups"], state["values"], elsewhere=elsewhere)
+    assert {piece.of.name for piece in pieces if piece.data in optimizer.state} == {"matrix", "column", "scalar"}
+    run(optimizer, pieces, range(2, 3))
 
 
 def test_nothing_is_made_up_for_a_tensor_without_state():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import pickle
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -280,3 +281,33 @@ def test_updates_lost_in_a_short_warmup_are_said_once(caplog: pytest.LogCaptureF
     WarmupCosineLR(_optimizer(1.0), 100, warmup_min_ratio=0.1, warmup_num_steps=5)
     WarmupLR(_optimizer(1.0), warmup_num_steps=5, last_batch_iteration=7)
     assert caplog.messages == []
+
+
+def test_groups_that_come_later_are_driven_as_the_first():
+    def optimizers():
+        tensors = [torch.zeros(1), torch.zeros(1)]
+        return torch.optim.SGD([{"params": tensors[:1], "lr": 0.5}]), {"params": tensors[1:], "lr": 0.25}
+
+    for make in (
+        partial(WarmupLR, warmup_num_steps=4),
+        partial(WarmupDecayLR, total_num_steps=8, warmup_num_steps=4),
+        partial(WarmupCosineLR, total_num_steps=8, warmup_num_steps=4),
+    ):
+        rates = []
+        for later in (False, True):
+            optimizer, group = optimizers()
+            if not later:
+                optimizer.add_param_group(group)
+            schedule = make(optimizer)
+            if later:
+                optimizer.add_param_group(group)
+                schedule.follow_groups()
+            rates.append([])
+            for _ in range(6):
+                rates[-1].append([group["lr"] for group in optimizer.param_groups])
+                schedule.step()
+        assert rates[0] == rates[1]
+    one_each = WarmupLR(optimizers()[0], warmup_max_lr=[0.5])
+    one_each.optimizer.add_param_group(optimizers()[1])
+    with pytest.raises(ConfigError, match="warmup_max_lr has 1 values, the optimizer has 2 parameter groups"):
+        one_each.follow_groups()

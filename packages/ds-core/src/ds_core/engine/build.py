@@ -29,7 +29,7 @@ from ds_core.interfaces.partition import Partition, PartitionInputs
 from ds_core.log import log_dist
 from ds_core.optim.build import build_optimizer, check_steps_without_closure, find_optimizer
 from ds_core.optim.client import check_updates, take_over
-from ds_core.optim.elementwise import is_elementwise
+from ds_core.optim.elementwise import is_elementwise, known_of
 from ds_core.optim.scaled import OptimizerStep
 from ds_core.schedules import build_schedule
 
@@ -186,6 +186,7 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
     optimizer = schedule = None
     if trains:
         optimizer = _optimizer(arguments, partition)
+        _say_if_unknown(optimizer, partition, _what_updates(arguments))
         if config.gradient_clipping > 0 and "gradient_clipping" not in config.raw:
             log_dist(
                 f'gradients are clipped at norm {config.gradient_clipping}, the default; "gradient_clipping" sets it'
@@ -310,6 +311,14 @@ def _what_updates(arguments: Arguments) -> Any:
     if arguments.optimizer is not None or arguments.config.optimizer is None:
         return arguments.optimizer
     return find_optimizer(arguments.config.optimizer.type)
+
+
+def _say_if_unknown(optimizer: torch.optim.Optimizer, partition: Partition, made_by: Any) -> None:
+    if partition.divides and known_of(made_by) is None:
+        log_dist(
+            f"{type(optimizer).__name__} does not say whether it is elementwise, so each parameter is updated whole, "
+            "by one rank; if it looks at several parameters at once, such as at a norm over all, use stage 0"
+        )
 
 
 def _schedule(arguments: Arguments, optimizer: torch.optim.Optimizer) -> LRSchedule | None:

@@ -13,7 +13,7 @@ from ds_core.interfaces.optimizer import ELEMENTWISE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["OF_TORCH", "elementwise", "is_elementwise"]
+__all__ = ["OF_TORCH", "WHOLE_OF_TORCH", "elementwise", "is_elementwise", "known_of"]
 
 FactoryT = TypeVar("FactoryT", bound="Callable[..., Any]")
 
@@ -31,7 +31,9 @@ OF_TORCH = (
     torch.optim.RMSprop,
     torch.optim.Rprop,
 )
-"""All of torch's that are: not Adafactor (factors of rows and columns, a norm) and Muon (matrices)."""
+"""All of torch's that are."""
+WHOLE_OF_TORCH = (torch.optim.Adafactor, torch.optim.Muon)
+"""Those of torch's that look at a parameter as a whole: factors of rows and columns and a norm; matrices."""
 
 _HARMLESS = frozenset(
     {
@@ -54,13 +56,18 @@ def elementwise(factory: FactoryT) -> FactoryT:
 
 
 def is_elementwise(optimizer: Any) -> bool:
-    """Return whether ``optimizer`` updates each element from its own gradient and state alone.
+    """Return whether ``optimizer`` is known to update each element from its own gradient and state alone.
 
     Args:
         optimizer: an optimizer, its class, or a callable that builds one. Those are the classes of torch that are known
             to, those that say so by ``elementwise = True``, and subclasses of both that override nothing but their
             constructor and what has no part in a step. Of anything else it cannot be known.
     """
+    return known_of(optimizer) is True
+
+
+def known_of(optimizer: Any) -> bool | None:
+    """Return what :func:`is_elementwise` does, but None where it is not known."""
     while isinstance(optimizer, functools.partial):
         optimizer = optimizer.func
     made_by = type(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else optimizer
@@ -68,12 +75,12 @@ def is_elementwise(optimizer: Any) -> bool:
         own = getattr(cls, "__dict__", {})
         if ELEMENTWISE in own:
             return own[ELEMENTWISE] is True
-        if cls in OF_TORCH:
-            return True
+        if cls in OF_TORCH or cls in WHOLE_OF_TORCH:
+            return cls in OF_TORCH
         # What a subclass does in its step, its base does not know.
         if not isinstance(cls, type) or any(_changes_the_update(cls, name, value) for name, value in own.items()):
-            return False
-    return False
+            return None
+    return None
 
 
 def _changes_the_update(cls: type, name: str, value: Any) -> bool:

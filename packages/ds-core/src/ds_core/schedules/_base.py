@@ -87,7 +87,10 @@ class GroupSchedule(ABC):
 
     @abstractmethod
     def _take_groups(self) -> None:
-        """Know the rates of groups that are not known yet; their own are still those they came with."""
+        """Know the rates of groups that are not known yet; their own are still those they came with.
+
+        Where it raises, nothing has changed.
+        """
 
     def _apply_first(self) -> None:
         """Write the first rates, unless the schedule goes on from somewhere. Called at the end of construction."""

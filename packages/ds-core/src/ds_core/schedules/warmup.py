@@ -109,11 +109,10 @@ class WarmupLR(_Warmup):
 
     def _take_groups(self) -> None:
         lowest, highest = self._given
-        self.min_lrs = self._per_group("warmup_min_lr", lowest)
-        if highest is None:
-            self.max_lrs += self._group_lrs(len(self.max_lrs))
-        else:
-            self.max_lrs = self._per_group("warmup_max_lr", highest)
+        min_lrs = self._per_group("warmup_min_lr", lowest)
+        new = self._group_lrs(len(self.max_lrs))
+        self.max_lrs = [*self.max_lrs, *new] if highest is None else self._per_group("warmup_max_lr", highest)
+        self.min_lrs = min_lrs
 
     def _lr_at(self, t: int) -> list[float]:
         if t < 0:
