@@ -296,11 +296,11 @@ def _numbers(values: Array, dtype: str) -> Array:
 
 
 def _states(a: Stored, b: Stored, tolerance: float) -> Iterator[StateDifference]:
-    one, two = dict(a.state), dict(b.state)
-    if not one.get("in_window") and not two.get("in_window"):
-        one.pop("stage", None)
-        two.pop("stage", None)
-    yield from _differing_leaves(one, two, "", tolerance)
+    left, right = dict(a.state), dict(b.state)
+    if not left.get("in_window") and not right.get("in_window"):
+        left.pop("stage", None)
+        right.pop("stage", None)
+    yield from _differing_leaves(left, right, "", tolerance)
     if len(a.rank_states) == len(b.rank_states):
         for rank, (one, two) in enumerate(zip(a.rank_states, b.rank_states, strict=True)):
             yield from _differing_leaves(one, two, f"rank_state[{rank}]", tolerance)
