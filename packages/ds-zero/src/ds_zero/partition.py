@@ -15,7 +15,7 @@ from ds_core.partition.arithmetic import plan_buckets
 from ds_core.partition.changes import ModelWatch
 from ds_core.partition.stored import cast_stored, stored_pieces
 from ds_zero.gradients import ShardBucket, ShardedGradients
-from ds_zero.layout import cut, whole
+from ds_zero.layout import cut, whole_each
 from ds_zero.weights import ShardedWeights
 
 if TYPE_CHECKING:
@@ -45,10 +45,12 @@ class _Stage12(Partition):
         known = set(self._params)
         self._outside = [param for param in inputs.module.parameters() if param.requires_grad and param not in known]
         planned = self._plan([param for param in reversed(list(inputs.names)) if param in known])
-        lay_out = whole if inputs.whole_tensors else cut
+        numels = [[param.numel() for param in params] for params in planned]
+        cut_each = [cut(of_bucket, self._world_size) for of_bucket in numels]
+        layouts = whole_each(numels, self._world_size) if inputs.whole_tensors else cut_each
         buckets = [
-            ShardBucket(index, params, inputs.dtypes[params[0]], lay_out([p.numel() for p in params], self._world_size))
-            for index, params in enumerate(planned)
+            ShardBucket(index, params, inputs.dtypes[params[0]], layout)
+            for index, (params, layout) in enumerate(zip(planned, layouts, strict=True))
         ]
         self._weights = ShardedWeights(
             [(bucket.params, bucket.layout) for bucket in buckets],
