@@ -111,7 +111,7 @@ def wrong_steps(*, overflows: bool = False) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_a_step_moves_what_is_predicted(world_size: int) -> None:
     functions = [wrong_steps] if world_size > 2 else [wrong_steps, partial(wrong_steps, overflows=True)]
     for of_ranks in run_ranks(functions, world_size):

@@ -140,6 +140,26 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
         self._message_work: Work | None = None
         self._sources_mixed = False
 
+    def buffer_bytes(self) -> int:
+        """Return how much memory collectives take at most, beside gradients: the rank's whole ones or its shards.
+
+        In a backward that fills buckets in their order; one that begins several of them gives memory to each.
+        """
+        found = self._message.nbytes
+        for kind in {(bucket.dtypes, bucket.device) for bucket in self.buckets}:
+            alike = [bucket for bucket in self.buckets if (bucket.dtypes, bucket.device) == kind]
+            dtypes, device = kind
+            total = max(bucket.layout.total for bucket in alike)
+            segment = max(bucket.layout.segment for bucket in alike)
+            reduce = dtypes.reduce if self._world_size > 1 else dtypes.accumulate
+            under_way = min(IN_FLIGHT, len(alike))
+            found += under_way * received_numel(segment, self._group, device) * reduce.itemsize
+            if reduce != dtypes.accumulate:
+                found += under_way * total * reduce.itemsize
+            if self._every_backward:
+                found += min(IN_FLIGHT + 1, len(alike)) * total * dtypes.accumulate.itemsize
+        return found
+
     # -- what is sent -----------------------------------------------------------------------------------------------
 
     def begin(self, *, reduce: bool, change: Change | None = None) -> None:

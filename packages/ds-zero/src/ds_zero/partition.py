@@ -208,6 +208,7 @@ class _Stage12(Partition):
         sizes = [bucket.layout.total * bucket.dtypes.reduce.itemsize for bucket in self._gradients.buckets]
         when = "in every backward" if self.every_backward else "at the end of a window"
         found = {"gradient buckets": f"{len(sizes)}, {sum(sizes)} bytes in all, reduced {when}, while it runs"}
+        found["buffers of collectives"] = f"at most {self._gradients.buffer_bytes()} bytes"
         if self._outside and self._params:
             listing = ", ".join(self.inputs.names[param] for param in self._outside)
             found["trainable parameters without an optimizer"] = f"not reduced, not updated: {listing}"
