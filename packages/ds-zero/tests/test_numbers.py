@@ -26,6 +26,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "optimizer": ("SGD", "AdamW", "WholeSGD", "WholeAdamW"),
     "backwards": (1, 2),
     "bucket_numel": (None, 50),
+    "reduce": (None, "bf16"),
 }
 MUTATIONS = [(Case("plain", optimizer="SGD", stage=stage), factor) for stage in STAGES for factor in (2.0, 0.0, 0.5)]
 
