@@ -1,4 +1,8 @@
-"""ds-zero: ZeRO: optimizer state and gradients divided over the ranks.
+"""ds-zero: ZeRO stages 1 and 2: optimizer state and gradients divided over the ranks, weights whole on each.
+
+``"zero_optimization": {"stage": 2}`` in the configuration is all it takes. ``partition`` is what the engine talks to;
+``weights`` and ``gradients`` hold the two kinds of tensors, by the arithmetic of ``layout``, and ``collectives`` moves
+them; ``volume`` and ``estimates`` predict traffic and memory; ``faces`` is DeepSpeed's surface of the optimizer.
 
 Names are resolved on first use (PEP 562), so ``import ds_zero`` loads no torch.
 
