@@ -290,7 +290,7 @@ class _Tap:
         import torch
 
         library = torch.library.Library("c10d", "IMPL")
-        key = torch._C.DispatchKey.BackendSelect  # type: ignore[attr-defined]
+        key = torch._C.DispatchKey.BackendSelect
         after = torch._C._dispatch_keyset_full_after(key)
         for name, function, place in _group_operators():
             # Of an operator that a later torch adds we know no bytes, but that it ran.
