@@ -165,7 +165,8 @@ def check_state(stage: int, precision: str) -> None:
 
 def test_on_ranks() -> None:
     cases = [(stage, precision) for stage in (1, 2) for precision in INSTALLED]
-    checks = [partial(check, *case) for check in (check_attributes, check_state) for case in cases]
+    checks = [partial(check_attributes, *case) for case in cases]
+    checks += [partial(check_state, *case) for case in cases if case[1] != "bf16"]
     if "fp16" in INSTALLED:
         checks += [partial(check_overflow, stage) for stage in (1, 2)]
     run_ranks(checks, 2)
