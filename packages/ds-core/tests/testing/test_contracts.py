@@ -93,7 +93,21 @@ class GivesUnusedOnesZeros(ReplicatedPartition):
         return norm
 
 
+class ShowsCopiesOfGradients(ReplicatedPartition):
+    def reduced_gradient(self, param):
+        found = super().reduced_gradient(param)
+        return None if found is None else found.clone()
+
+
+class UsesGradientsInTheWrongDtype(ReplicatedPartition):
+    def reduced_gradient(self, param):
+        found = super().reduced_gradient(param)
+        return None if found is None else found.double()
+
+
 BROKEN_PARTITIONS = [
+    (ShowsCopiesOfGradients, "check_reduced_gradient"),
+    (UsesGradientsInTheWrongDtype, "check_low_precision"),
     (SumsInsteadOfMeans, "check_mean_over_ranks"),
     (DropsOneRank, "check_mean_over_ranks"),
     (CountsTheNormTwice, "check_mean_over_ranks"),
@@ -160,6 +174,11 @@ class Sharded(ReplicatedPartition):
                 shard.grad = gradient.view(-1)[low:high].clone()
                 squares.append(shard.grad.double().square().sum())
         return SquaredNorm(torch.stack(squares).sum(), (self.inputs.group,))
+
+    def reduced_gradient(self, param):
+        gradient = super().reduced_gradient(param)
+        low, high = self.bounds(param, self.rank)
+        return None if gradient is None else gradient.view(-1)[low:high]
 
     def publish(self):
         with torch.no_grad():

@@ -70,6 +70,11 @@ class PartitionContract:
         return {}
 
     @pytest.fixture
+    def variants(self, config_data: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], bool]]:
+        """Override if needed: configurations, each with whether the optimizer needs whole tensors."""
+        return [(config_data, False)]
+
+    @pytest.fixture
     def plan(self) -> PrecisionPlan:
         """Override if needed; the comparisons are made for fp32."""
         return PrecisionPlan()
@@ -78,18 +83,27 @@ class PartitionContract:
     def test_on_ranks(
         self,
         partition_class: type[Partition],
-        config_data: Mapping[str, Any],
+        variants: list[tuple[Mapping[str, Any], bool]],
         plan: PrecisionPlan,
         world_size: int,
     ) -> None:
         """All of :data:`CHECKS`, in one spawn; the error names the check that failed."""
-        run_ranks([partial(check, partition_class, dict(config_data), plan) for check in CHECKS], world_size)
+        run_ranks(
+            [
+                partial(check, partition_class, dict(data), plan, whole_tensors)
+                for data, whole_tensors in variants
+                for check in CHECKS
+            ],
+            world_size,
+        )
 
 
 class Case:
     """A partition on this rank, and the plain model beside it."""
 
-    def __init__(self, cls: type[Partition], data: Mapping[str, Any], plan: PrecisionPlan) -> None:
+    def __init__(
+        self, cls: type[Partition], data: Mapping[str, Any], plan: PrecisionPlan, whole_tensors: bool = False
+    ) -> None:
         import torch.distributed as dist
 
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -112,16 +126,24 @@ class Case:
                 device=torch.device("cpu"),
                 config=load_config({"train_micro_batch_size_per_gpu": 1, **data}, dp_world_size=self.world_size),
                 find_sources=True,
+                whole_tensors=whole_tensors,
             )
         )
 
     def loss(self, seed: int, branches: str = "ab") -> Tensor:
         return self._loss(self.model, seed, self.rank, branches) * self.partition.loss_factor
 
-    def loss_in(self, dtype: torch.dtype) -> Tensor:
-        """Return this rank's loss with inputs of ``dtype``."""
-        loss: Tensor = self.model(torch.randn(4, 5, generator=torch.Generator().manual_seed(self.rank)).to(dtype))
-        return loss * self.partition.loss_factor
+    def backward_in(self, dtype: torch.dtype, seed: int, *, reduce: bool) -> None:
+        """One micro-batch with inputs of ``dtype`` here, in fp32 in the reference."""
+        x = [torch.randn(4, 5, generator=torch.Generator().manual_seed(9 * seed + r)) for r in range(self.world_size)]
+        loss: Tensor = self.model(x[self.rank].to(dtype))
+        self.partition.begin_backward(reduce=reduce)
+        (loss * self.partition.loss_factor).backward()
+        self.partition.end_backward()
+        torch.stack([self.reference(each) for each in x]).mean().backward()
+
+    def trained(self) -> list[nn.Parameter]:
+        return [param for group in self.partition.inputs.param_groups for param in group["params"]]
 
     @staticmethod
     def _loss(model: nn.Module, seed: int, rank: int, branches: str) -> Tensor:
@@ -137,7 +159,8 @@ class Case:
         loss.backward()
         self.partition.end_backward()
         losses = [self._loss(self.reference, seed, rank, branches.get(rank, "ab")) for rank in range(self.world_size)]
-        torch.stack(losses).mean().backward()
+        total = torch.stack(losses).sum()
+        (total if self.partition.inputs.config.gradient_allreduce_op == "sum" else total / self.world_size).backward()
 
     def tensors(self) -> list[tuple[Tensor, Piece]]:
         tensors = [tensor for group in self.partition.optimizer_groups() for tensor in group["params"]]
@@ -188,8 +211,10 @@ def check_groups(*setup: Any) -> None:
         assert type(tensor) in (torch.Tensor, nn.Parameter), "a plain local tensor"
         assert tensor.numel() == piece.chunk.length
         assert tensor.data_ptr() == piece.data.data_ptr()
-    held = [param for group in case.partition.inputs.param_groups for param in group["params"]]
-    assert {piece.of.name for _, piece in case.tensors()} <= {case.partition.inputs.names[param] for param in held}
+    assert [piece.of.name for _, piece in case.tensors()] == [case.partition.inputs.names[p] for p in case.trained()]
+    if case.partition.inputs.whole_tensors:
+        for param, (tensor, piece) in zip(case.trained(), case.tensors(), strict=True):
+            assert tensor.shape in (param.shape, (0, *param.shape[1:])), f"{piece.of.name}: whole, or nothing"
     assert isinstance(case.partition.loss_factor, float)
     assert case.world_size > 1 or case.partition.loss_factor == 1.0
     assert all(isinstance(text, str) for item in case.partition.report().items() for text in item)
@@ -201,6 +226,27 @@ def check_mean_over_ranks(*setup: Any) -> None:
         case.backward(seed, reduce=True)
         case.check_gradients()
         case.clear()
+
+
+DIVISIONS: tuple[dict[str, Any], ...] = (
+    {"prescale_gradients": True, "gradient_predivide_factor": 3},
+    {"gradient_predivide_factor": 3},
+    {"gradient_allreduce_op": "sum"},
+    {"communication_data_type": "fp32", "gradient_predivide_factor": 0.5},
+)
+
+
+def check_divisions(*setup: Any) -> None:
+    """The mean is the mean wherever the division is, also of what is added to a sum; and a sum is not divided."""
+    for division in DIVISIONS:
+        case = Case(setup[0], {**setup[1], **division}, setup[2])
+        for seed, reduce in enumerate((False, True, True, False, True)):
+            case.backward(seed, reduce=reduce)
+        case.check_gradients()
+        case.clear()
+        case.backward(5, reduce=True)
+        case.check_gradients()
+        case.partition.destroy()
 
 
 def check_window(*setup: Any) -> None:
@@ -215,6 +261,39 @@ def check_reduced_twice(*setup: Any) -> None:
     case = Case(*setup)
     for seed, reduce in enumerate((True, True, False, True)):
         case.backward(seed, reduce=reduce)
+    case.check_gradients()
+
+
+def check_reduced_gradient(*setup: Any) -> None:
+    """It is there from the end of a window until it is cleared, and what is written to it is what the step gets."""
+    case = Case(*setup)
+    read = case.partition.reduced_gradient
+
+    def are_none() -> bool:
+        return all(read(param) is None for param in case.trained())
+
+    assert are_none()
+    case.backward(0, reduce=False, branches={0: "a", 1: "a"})
+    assert are_none(), "inside a window"
+    case.backward(1, reduce=True, branches={0: "a", 1: "a"})
+    expected = {name: param.grad for name, param in case.reference.named_parameters()}
+    for param, (tensor, piece) in zip(case.trained(), case.tensors(), strict=True):
+        found, wanted = read(param), expected[piece.of.name]
+        if wanted is None:
+            assert found is None, f"{piece.of.name}: no rank used it"
+        else:
+            assert found is not None
+            assert found.numel() == tensor.numel()
+            close(found.reshape(-1), part_of(wanted, piece.chunk), piece.of.name)
+            found.fill_(2.0)
+    case.partition.reduce()
+    for tensor, piece in case.tensors():
+        if tensor.numel() and expected[piece.of.name] is not None:
+            assert tensor.grad is not None
+            assert torch.equal(tensor.grad, torch.full_like(tensor, 2.0)), f"{piece.of.name}: was written to"
+    case.clear()
+    assert are_none(), "cleared"
+    case.backward(2, reduce=True)
     case.check_gradients()
 
 
@@ -342,28 +421,56 @@ def check_loading(*setup: Any) -> None:
 LOW = PrecisionPlan(stored=torch.bfloat16, reduce=torch.bfloat16, master=torch.float32)
 
 
+LOW_PLANS = (
+    LOW,
+    PrecisionPlan(stored=torch.bfloat16, accumulate=torch.float32, reduce=torch.bfloat16, master=torch.float32),
+    PrecisionPlan(stored=torch.bfloat16, accumulate=torch.bfloat16, reduce=torch.float32, master=torch.float32),
+    PrecisionPlan(stored=torch.float16, accumulate=torch.float32, reduce=torch.float32, master=torch.float32),
+)
+
+
+def check_low_precision(*setup: Any) -> None:
+    """Gradients are kept, sent and used in the dtypes of the plan, over windows that are reduced once or twice."""
+    for plan in LOW_PLANS:
+        case = Case(setup[0], setup[1], plan, *setup[3:])
+        assert plan.stored is not None
+        for window in ((True,), (False, True), (True, False, True)):
+            for seed, reduce in enumerate(window):
+                case.backward_in(plan.stored, seed, reduce=reduce)
+            for param in case.trained():
+                found = case.partition.reduced_gradient(param)
+                assert found is None or found.dtype == case.partition.inputs.dtypes[param].accumulate
+            case.partition.reduce()
+            for tensor, piece in case.tensors():
+                wanted = dict(case.reference.named_parameters())[piece.of.name].grad
+                assert (tensor.grad is None) == (wanted is None) or not tensor.numel(), piece.of.name
+                if wanted is not None and tensor.grad is not None:
+                    assert tensor.grad.dtype == plan.master
+                    off = (tensor.grad.reshape(-1) - part_of(wanted, piece.chunk)).norm()
+                    # bf16 rounds to 2**-9; a dozen roundings one after another, the terms of a gradient may cancel.
+                    assert off <= 2**-4 * (1e-2 + wanted.norm()), f"{piece.of.name}: off by {off} of {wanted.norm()}"
+            case.clear()
+
+
 def check_masters(*setup: Any) -> None:
     """What is updated has the bits that were given; what is stored is that, cast."""
-    case = Case(setup[0], setup[1], LOW)
+    case = Case(setup[0], setup[1], LOW, *setup[3:])
     given = dict(case.reference.named_parameters())
     for tensor, piece in case.tensors():
         assert (piece.of.kind, piece.of.dtype, tensor.dtype) == (MASTER, "float32", torch.float32)
         assert torch.equal(tensor.detach().reshape(-1), part_of(given[piece.of.name], piece.chunk)), piece.of.name
     check_stored(case, given)
     optimizer = torch.optim.SGD(case.partition.optimizer_groups())
-    case.partition.begin_backward(reduce=True)
-    case.loss_in(torch.bfloat16).backward()
-    case.partition.end_backward()
+    case.backward_in(torch.bfloat16, 0, reduce=True)
     case.partition.reduce()
-    before = [tensor.clone() for tensor, _ in case.tensors()]
+    before = dict(_gathered(case))
     used = [tensor for tensor, _ in case.tensors() if tensor.grad is not None]
-    assert used
     assert all(tensor.grad is not None and tensor.grad.dtype == torch.float32 for tensor in used)
     optimizer.step()
     case.partition.publish()
     case.partition.clear_gradients()
     after = dict(_gathered(case))
-    assert any(not torch.equal(a, tensor) for a, (tensor, _) in zip(before, case.tensors(), strict=True))
+    assert any(not torch.equal(before[name], value) for name, value in after.items())
     check_stored(case, after)
 
 
@@ -394,7 +501,7 @@ def _gathered(case: Case) -> list[tuple[str, Tensor]]:
 
 def check_masters_from_outside(*setup: Any) -> None:
     """Masters that were loaded reach the weights; weights that were written to reach the masters."""
-    case = Case(setup[0], setup[1], LOW)
+    case = Case(setup[0], setup[1], LOW, *setup[3:])
     generator = torch.Generator().manual_seed(3)
     new = {name: torch.randn(param.shape, generator=generator) for name, param in case.reference.named_parameters()}
     trained = {piece.of.name for _, piece in case.tensors()}
@@ -453,8 +560,10 @@ def check_destroy(*setup: Any) -> None:
 CHECKS: tuple[Callable[..., None], ...] = (
     check_groups,
     check_mean_over_ranks,
+    check_divisions,
     check_window,
     check_reduced_twice,
+    check_reduced_gradient,
     check_unused,
     check_cleared,
     check_gradient_pieces,
@@ -462,6 +571,7 @@ CHECKS: tuple[Callable[..., None], ...] = (
     check_abort,
     check_coverage,
     check_loading,
+    check_low_precision,
     check_masters,
     check_masters_from_outside,
     check_overflow_source,
