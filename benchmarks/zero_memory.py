@@ -24,7 +24,7 @@ from torch import nn
 
 STAGES = (0, 1, 2)
 WORLDS = (1, 2, 4, 8)
-WIDTH, LAYERS = 256, 12
+WIDTH, LAYERS = 128, 60
 BUCKET_NUMEL = WIDTH * (WIDTH + 1)
 """Of one layer, so that buffers are small beside the model, as they are in large ones."""
 GRADIENT, MOMENTS = {"fp32": 4, "bf16": 2}, 8
@@ -118,7 +118,8 @@ def draw(answers: dict[tuple[str, int], dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("stage", labelpad=18)
         axes.grid(axis="y", alpha=0.3)
     panels[0][0].set_ylabel("bytes per parameter, on each rank")
-    panels[0][-1].legend(fontsize="small")
+    handles, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

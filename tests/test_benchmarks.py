@@ -595,8 +595,8 @@ def test_model_state_is_read_and_drawn(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(path.read_text())["rows"]
     assert [row["name"] for row in rows] == [f"state, stage {at}, bf16, 2 ranks, vs formula" for at in (0, 1, 2)]
-    # 12 buckets of one layer; buffers are a few of them.
-    assert all(1 <= row["result"]["median"] < 1.5 for row in rows)
+    # 60 buckets of one layer; buffers are a few of them.
+    assert all(1 <= row["result"]["median"] < 1.1 for row in rows)
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
