@@ -50,6 +50,12 @@ def both(backend: str) -> tuple[list[str], list[str]]:
     return wrong, sorted({each.name for each in seen.records})
 
 
+def received_on_a_gpu() -> int:
+    """Return how much is received of a segment of 5 elements in the memory of a GPU, where gloo moves that."""
+    with mock.patch.object(collectives, "backend_of", return_value="gloo"):
+        return collectives.received_numel(5, dist.group.WORLD, torch.device("cuda"))
+
+
 def backends_by_device() -> tuple[str, str, str]:
     """Return which backend is found for tensors of a CPU and of another device, and in a group of no name."""
     found = [collectives.backend_of(dist.group.WORLD, torch.device(kind)) for kind in ("cpu", "xpu")]
@@ -62,7 +68,7 @@ def backends_by_device() -> tuple[str, str, str]:
 
 @pytest.fixture(scope="module")
 def ran() -> list[list[tuple]]:
-    return run_ranks([*(partial(both, backend) for backend in BACKENDS), backends_by_device], N)
+    return run_ranks([*(partial(both, backend) for backend in BACKENDS), received_on_a_gpu, backends_by_device], N)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -76,6 +82,10 @@ def test_every_backends_primitives_give_the_same(ran: list[list[tuple]], backend
 
 def test_the_backend_is_that_of_the_device(ran: list[list[tuple]]) -> None:
     assert ran[-1] == [("gloo", "", "gloo")] * N
+
+
+def test_gloo_sends_segments_only_from_cpu_memory(ran: list[list[tuple]]) -> None:
+    assert ran[-2] == [5] * N, "one segment, as reduce_scatter_tensor returns it"
 
 
 def test_the_table() -> None:

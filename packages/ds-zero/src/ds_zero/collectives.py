@@ -46,14 +46,18 @@ class Primitives(NamedTuple):
 
 
 TABLE = {"gloo": Primitives(SEGMENTS, SEGMENTS)}
-"""By backend, as torch calls it."""
+"""By backend, as torch calls it, for tensors in CPU memory."""
 OTHERS = Primitives("reduce_scatter_tensor", "all_gather_into_tensor")
-"""Of a backend that is not in the table."""
+"""Of a backend that is not in the table, and for tensors elsewhere: gloo sends messages from CPU memory alone."""
 
 
 def primitives(backend: str) -> Primitives:
-    """Return what ``backend`` uses."""
+    """Return what ``backend`` uses on a CPU."""
     return TABLE.get(backend, OTHERS)
+
+
+def _chosen(group: ProcessGroup, device: torch.device) -> Primitives:
+    return primitives(backend_of(group, device)) if device.type == "cpu" else OTHERS
 
 
 def backend_of(group: ProcessGroup, device: torch.device) -> str:
@@ -70,7 +74,7 @@ class Awaited(Protocol):
 
 def received_numel(segment: int, group: ProcessGroup, device: torch.device) -> int:
     """Return how many elements of memory :func:`reduce_scatter` receives into."""
-    sends_segments = primitives(backend_of(group, device)).reduce_scatter == SEGMENTS
+    sends_segments = _chosen(group, device).reduce_scatter == SEGMENTS
     return segment * (dist.get_world_size(group) - 1) if sends_segments else segment
 
 
@@ -183,7 +187,7 @@ def reduce_scatter(whole: Tensor, received: Tensor, group: ProcessGroup) -> Redu
         received: ``[received_numel(segment)]`` of the same dtype, to be left alone until the sum was taken.
         group: all its ranks call this, in the same order.
     """
-    sends_segments = primitives(backend_of(group, whole.device)).reduce_scatter == SEGMENTS
+    sends_segments = _chosen(group, whole.device).reduce_scatter == SEGMENTS
     return (_Exchanged if sends_segments else _Direct)(whole, received, group)
 
 
@@ -191,7 +195,7 @@ def all_gather(whole: Tensor, group: ProcessGroup) -> Awaited:
     """Start to fill ``whole``, ``[world_size * segment]``, with the segments of all ranks; this rank's is in place."""
     rank, segment = dist.get_rank(group), whole.numel() // dist.get_world_size(group)
     mine = whole[rank * segment : (rank + 1) * segment]
-    if primitives(backend_of(group, whole.device)).all_gather != SEGMENTS:
+    if _chosen(group, whole.device).all_gather != SEGMENTS:
         work: Work = _ALL_GATHER(whole, mine, group=group, async_op=True)
         return work
     transfers = _Transfers(group)

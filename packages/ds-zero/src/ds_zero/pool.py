@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,12 +14,11 @@ __all__ = ["Pool"]
 
 
 class Pool:
-    """Tensors of one use that are free, and how many bytes were made in all."""
+    """Tensors of one use that are free."""
 
     def __init__(self) -> None:
-        self._free: list[Tensor] = []
-        self.nbytes = 0
-        """Of what is free and what is lent."""
+        self._free: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        """The smallest first."""
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Lend a flat tensor of at least ``numel`` elements, whatever is in it.
@@ -26,28 +26,18 @@ class Pool:
         The smallest that is free and large enough. If there is none, one that is too small goes and a new one comes, so
         that there are never more than were lent at one time.
         """
-        same = [room for room in self._free if room.dtype == dtype and room.device == device]
-        large = [room for room in same if room.numel() >= numel]
-        if large:
-            room = min(large, key=torch.numel)
-            self._remove(room)
-            return room
-        if same:
-            small = max(same, key=torch.numel)
-            self._remove(small)
-            self.nbytes -= small.nbytes
-        room = torch.empty(numel, dtype=dtype, device=device)
-        self.nbytes += room.nbytes
-        return room
-
-    def _remove(self, room: Tensor) -> None:
-        self._free = [other for other in self._free if other is not room]
+        free = self._free.get((dtype, device), [])
+        at = bisect_left(free, numel, key=torch.numel)
+        if at < len(free):
+            return free.pop(at)
+        if free:
+            free.pop()
+        return torch.empty(numel, dtype=dtype, device=device)
 
     def give_back(self, room: Tensor) -> None:
         """Take back what :meth:`take` lent."""
-        self._free.append(room)
+        insort(self._free.setdefault((room.dtype, room.device), []), room, key=torch.numel)
 
     def clear(self) -> None:
         """Let go of what is free."""
-        self.nbytes -= sum(room.nbytes for room in self._free)
         self._free.clear()
