@@ -58,8 +58,8 @@ class EngineFace(ConfigGetters, nn.Module):
         "from stage 2 on a rank keeps its share alone, so every backward reduces",
         "coalesce_grad_reduction": "call engine.backward several times before engine.step()",
         "scale": "call engine.backward(loss)",
-        "offload_states": "it comes with ds-zero",
-        "reload_states": "it comes with ds-zero",
+        "offload_states": "it comes with a later release of ds-zero",
+        "reload_states": "it comes with a later release of ds-zero",
     }
 
     # -- the client's objects ---------------------------------------------------------------------------------------
