@@ -17,6 +17,7 @@ import logging
 import re
 import shutil
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
@@ -32,10 +33,11 @@ from ds_core.config.catalog import all_sections
 from ds_core.config.config import BatchKeys, Config
 from ds_core.config.effects import state_of
 from ds_core.config.sections.arguments import ARGUMENTS
-from ds_core.errors import CheckpointError, ConfigError, DsError, LossScaleError
+from ds_core.errors import CheckpointError, ConfigError, DsError, EngineError, LossScaleError
 from ds_core.partition.replicated import ReplicatedConfig
 from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 from ds_core.testing.ranks import run_ranks
+from ds_core.utils import safe_get_full_fp32_param
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -233,8 +235,10 @@ def technique(**params: Any) -> dict[str, Any]:
 SCHEDULE = {"warmup_num_steps": 4}
 TRACE = {"initial_scale_power": 3, "loss_scale_window": 2}
 WITH: dict[str, dict[str, Any]] = {
-    "zero_optimization": {"zero_optimization": {"stage": 3}},
+    "zero_optimization": {"zero_optimization": {"stage": 2}},
     "zero_optimization.stage": {"zero_optimization": {"stage": 0}},
+    "zero_optimization.load_from_fp32_weights": {"bf16": {"enabled": True}},
+    "prescale_gradients": {"gradient_predivide_factor": 4},
     "zero_optimization.offload_optimizer": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
     "zero_optimization.offload_param": {"zero_optimization": {"offload_param": {"device": "cpu"}}},
     "compile": {"compile": {"deepcompile": True}},
@@ -325,18 +329,22 @@ def situations(key: Key) -> Iterator[dict[str, Any]]:
         yield merged(BASE, given)
     if key.of or key.field == "enabled" or around != BASE:
         yield merged(around, given)
+    if key.path.startswith(AT_STAGES) and key.field != "stage":
+        # Beside the keys of the section itself, stage 3 is what is refused.
+        stages = (1, 2, 3) if key.keys[0] == "zero_optimization" else (1, 2)
+        yield from (merged(merged(around, {"zero_optimization": {"stage": stage}}), given) for stage in stages)
+
+
+AT_STAGES = ("zero_", "allgather_", "gradient_", "prescale_", "communication_", "aio.", "fp16.", "bf16.", "data_types.")
+"""Beginnings of the keys that are also given at each stage."""
 
 
 # -- what comes of them --------------------------------------------------------------------------------------------
 
-NOT_HERE = re.compile(r"not built yet|is accepted\b|comes with a later release of ds-|pip install ds-")
+NOT_HERE = re.compile(r"not built yet|is accepted\b|comes with a later release of ds-|pip install ds-|needs ZeRO stage")
 REFUSED = {
-    "fp16.fp16_master_weights_and_grads": "needs ZeRO stage 1 to 3",
-    "bf16.bf16_master_weights_and_grads": "needs ZeRO stage 1 to 3",
-    "bf16.bf16_optimizer_states": "needs ZeRO stage 1 to 3",
+    "bf16.bf16_optimizer_states": "needs bf16.bf16_master_weights_and_grads",
     "data_types.param_dtype": "without fp16 and bf16 weights are",
-    "zero_optimization.offload_optimizer.device": "which needs ZeRO stage 1, 2 or 3",
-    "zero_optimization.offload_param.device": "which needs ZeRO stage 3",
     "zero_optimization.offload_optimizer.ratio": "below 1 is possible at stage 3 only",
     "tensor_parallel.partition_config.layer_specs.0.grad_allreduce": 'possible with "partition_type": "skip" only',
     "tensor_parallel.tensor_parallel.tp_size": "must be 1 or equal",
@@ -526,6 +534,32 @@ def divided_by(config: dict[str, Any]) -> str:
     return found
 
 
+def reduced_in(config: dict[str, Any]) -> str:
+    found: str = start(config).report()["gradient buckets"]
+    return found
+
+
+def unused(config: dict[str, Any]) -> str:
+    """What a step says to a parameter that got no gradient."""
+    engine = start(config)
+    engine.backward(engine.module.linear.bias.sum())
+    try:
+        engine.step()
+    except EngineError as error:
+        return str(error)
+    return "stepped"
+
+
+def masters(config: dict[str, Any]) -> list[float]:
+    """Return a master that was saved with more digits than its weight, and loaded."""
+    (engine,) = steps(start(merged(config, {"bf16": {"auto_cast": True}})))
+    engine.save_checkpoint("saved")
+    engine.load_checkpoint("saved")
+    master = safe_get_full_fp32_param(engine.module.linear.weight)
+    assert master is not None
+    return master.flatten().tolist()
+
+
 def stored_by(config: dict[str, Any]) -> str:
     """The engine that stores checkpoints, and why; without ds-ckpt every word but ``plain`` is refused."""
     report: dict[str, str] = start(config).report()
@@ -548,6 +582,9 @@ EFFECTIVE: dict[str, Callable[[dict[str, Any]], Any]] = {
     **dict.fromkeys(("checkpoint.engine", "checkpoint.writer.decoupled"), stored_by),
     "checkpoint.load_universal": loaded,
     **dict.fromkeys(("partition.type", "zero_optimization.stage"), divided_by),
+    "zero_optimization.reduce_bucket_size": reduced_in,
+    "zero_optimization.ignore_unused_parameters": unused,
+    "zero_optimization.load_from_fp32_weights": masters,
     "steps_per_print": lines,
     "log_level": log_level,
     "vocabulary_size": vocabulary,
@@ -606,6 +643,15 @@ def buckets(config: dict[str, Any], folder: Path) -> str:
     return found
 
 
+def stepped(config: dict[str, Any], folder: Path) -> str:
+    return str(weights(merged(config, {"gradient_clipping": 0})))
+
+
+def sent(config: dict[str, Any], folder: Path) -> str:
+    """Return what of the division comes before the collective."""
+    return str(start(config).parts.partition.loss_factor)
+
+
 def tags(config: dict[str, Any], folder: Path) -> str:
     try:
         start(config).save_checkpoint(folder, tag=f"of_rank_{comm.get_rank()}")
@@ -616,20 +662,25 @@ def tags(config: dict[str, Any], folder: Path) -> str:
 
 AMONG_RANKS: dict[str, Callable[[dict[str, Any], Path], str]] = {
     "communication_data_type": buckets,
+    "gradient_allreduce_op": stepped,
+    **dict.fromkeys(("gradient_predivide_factor", "prescale_gradients"), sent),
     "torch_autocast.lower_precision_safe_modules": buckets,
     "partition.replicated.bucket_bytes": buckets,
     "checkpoint.tag_validation": tags,
 }
 """Keys that one rank lists, and several carry out -> what is seen of a configuration."""
+AT_0_ALONE = ("partition.replicated.bucket_bytes", "checkpoint.tag_validation")
 
 
-def seen_among_ranks(folder: Path) -> dict[str, tuple[str, str]]:
-    """Run on every rank: what is seen with each key, and without."""
+def seen_among_ranks(folder: Path) -> dict[tuple[str, int], tuple[str, str]]:
+    """Run on every rank: what is seen with each key, and without, by key and stage."""
     found = {}
-    for path, observe in AMONG_RANKS.items():
-        key = all_keys()[path]
-        around = surroundings(key)
-        found[path] = (
+    for path, stage in product(AMONG_RANKS, range(3)):
+        if stage and path in AT_0_ALONE:
+            continue
+        key, observe = all_keys()[path], AMONG_RANKS[path]
+        around = merged(surroundings(key), {"zero_optimization": {"stage": stage}})
+        found[path, stage] = (
             observe(merged(around, nested(key.keys, value_of(key))), folder / "with"),
             observe(around, folder / "without"),
         )
@@ -639,8 +690,8 @@ def seen_among_ranks(folder: Path) -> dict[str, tuple[str, str]]:
 def test_keys_at_work_among_ranks(tmp_path: Path) -> None:
     [of_ranks] = run_ranks([partial(seen_among_ranks, tmp_path)], 2)
     for seen in of_ranks:
-        assert seen.keys() == AMONG_RANKS.keys()
-        assert [path for path, (given, left_out) in seen.items() if given == left_out] == []
+        assert {path for path, _ in seen} == AMONG_RANKS.keys()
+        assert [place for place, (given, left_out) in seen.items() if given == left_out] == []
 
 
 @pytest.mark.parametrize("group", GROUPS)

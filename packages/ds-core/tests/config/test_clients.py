@@ -52,7 +52,6 @@ WARNED: dict[str, list[tuple[str, str]]] = {
 """File -> what strict mode refuses and compatibility mode drops: path, and a part of the text."""
 
 REFUSED: dict[str, list[tuple[str, str]]] = {
-    "megatron_bf16_fp32_accumulation.json": [("prescale_gradients", NOT_BUILT)],
     "openrlhf_train_deepcompile_tp.json": [
         ("compile", LATER + "ds-core"),
         ("tensor_parallel", LATER + "ds-inference"),

@@ -75,7 +75,7 @@ def test_one_warning_per_key(caplog):
     [
         {"fp16": {"enabled": "maybe"}},
         {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
-        {"prescale_gradients": True},
+        {"dump_state": True},
         {"zero_optimization": {"stage": 7}},
         {"zero_optimization": {"cpu_offload": True, "offload_optimizer": {"device": "cpu"}}},
         {"train_micro_batch_size_per_gpu": 3},

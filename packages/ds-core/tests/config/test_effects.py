@@ -40,7 +40,10 @@ OPTIMIZER = {"type": "AdamW", "params": {"lr": 0.1}}
         ),
         (
             {"zero_optimization": {"stage": 3, "allgather_bucket_size": 6, "max_live_parameters": 5}},
-            {"zero_optimization.allgather_bucket_size": "only stages 1 and 2 read it"},
+            {
+                "zero_optimization.allgather_bucket_size": "weights are gathered in the buckets that gradients are "
+                "reduced in: reduce_bucket_size"
+            },
         ),
         ({"zero_allow_untested_optimizer": True}, {"zero_allow_untested_optimizer": "every optimizer is allowed"}),
         ({"zero_force_ds_cpu_optimizer": False}, {"zero_force_ds_cpu_optimizer": "nothing is offloaded"}),
@@ -173,7 +176,8 @@ def test_given_paths_are_in_deepspeeds_words():
         (Config, "sequence_parallel_size", "not built: only `null` or `1`"),
         (Config, "disable_allgather", "no effect: DeepSpeed's engine reads it nowhere either"),
         (CheckpointSection, "tag_validation", "effective"),
-        (ZeroSection, "reduce_scatter", "needs ds-zero"),
+        (ZeroSection, "reduce_bucket_numel", "needs ds-zero"),
+        (ZeroSection, "sub_group_numel", "needs ds-zero; no effect where only stage 3 reads it"),
         (OffloadParamSection, "device", "needs ds-zero"),
         (ZeroSection, "legacy_stage1", "not built: only `false`"),
         (Fp16Section, "loss_scale", "needs ds-fp16"),

@@ -92,7 +92,9 @@ def test_description_says_default_and_state() -> None:
         "Not built yet, refused while it is on: comes with a later release of ds-pipe."
     )
     zero = schema()["$defs"]["ZeroSection"]["properties"]
-    assert zero["reduce_bucket_size"]["description"] == "Elements of gradient reduced at once. Default: `500000000`."
+    assert zero["sub_group_size"]["description"] == (
+        "Elements updated at once (stage 3). Default: `1000000000`. May have no effect: only stage 3 reads it."
+    )
 
 
 def test_other_names_are_valid_and_not_offered() -> None:

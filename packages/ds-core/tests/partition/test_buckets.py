@@ -74,6 +74,7 @@ def bucketer(
         bucket_bytes=bucket_bytes,
         rank=0,
         world_size=world_size,
+        after=1.0,
         find_sources=find_sources,
         start=wire.start,
     )
@@ -426,6 +427,7 @@ def start_order_on_ranks() -> list[tuple[list[int], list[str]]]:
                 bucket_bytes=bucket_bytes,
                 rank=rank,
                 world_size=2,
+                after=1.0,
                 find_sources=False,
                 start=start,
             )

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from ds_core.errors import CheckpointError
 from ds_core.partition.ordered import OrderedBuckets, SlotBucket
 from ds_core.partition.window import extremes, is_finite
 from ds_zero.collectives import received_numel, reduce_scatter
@@ -91,6 +92,12 @@ class ShardBucket(SlotBucket):
         self.room, self.storage, self.slots = None, None, ()
         return room
 
+    def drop(self) -> None:
+        """Let all memory go."""
+        if self.room is not None:
+            self.close()
+        self.shard = self._kept = None
+
     def hide(self) -> None:
         """Take the slots from the parameters."""
         for param in self.params:
@@ -107,6 +114,7 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
         dtypes: Mapping[nn.Parameter, ParameterDtypes],
         group: ProcessGroup,
         *,
+        after: float,
         every_backward: bool,
         find_sources: bool,
     ) -> None:
@@ -117,11 +125,13 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
             names: for errors.
             dtypes: of each parameter, after the plan.
             group: the ranks that reduce.
+            after: multiplied into what a collective returns, see ``ds_core.partition.division``.
             every_backward: send in each backward, not only in the one that ends a window.
             find_sources: remember which ranks had inf or NaN.
         """
         super().__init__(buckets, names, dtypes)
         self._group, self._every_backward, self._find_sources = group, every_backward, find_sources
+        self._after = after
         self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
         self._at_boundary = False
         self._rooms, self._received, self._messages = Pool(), Pool(), Pool()
@@ -183,6 +193,8 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
         first, last = self._mine(bucket)
         storage[:first].zero_()
         storage[last:].zero_()
+        if self._after != 1.0:
+            storage[first:last].mul_(1.0 / self._after)
         bucket.shard = None
         for place, param in enumerate(bucket.params):
             if self.is_used(bucket, place):
@@ -197,14 +209,13 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
         bucket.open(self._rooms.take(bucket.layout.total, bucket.dtypes.accumulate, bucket.device))
 
     def before_send(self) -> None:
-        under_way = [bucket for bucket in self.buckets[: self._started] if bucket.work is not None]
-        for bucket in under_way[: max(0, len(under_way) - IN_FLIGHT + 1)]:
-            self.take(bucket)
+        if self._started >= IN_FLIGHT:
+            self.take(self.buckets[self._started - IN_FLIGHT])
 
     def send(self, bucket: ShardBucket) -> ReduceScatter:
         if not bucket.slots:  # this rank used nothing of it
             self.make_room(bucket)
-        unfilled = bucket.unfilled()
+        unfilled = set(bucket.unfilled())
         for place in range(len(bucket.params)):
             self._seen[self._first_flag[bucket.index] + place] |= place not in unfilled
         for place in unfilled:
@@ -235,7 +246,15 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
         else:
             first, last = self._mine(bucket)
             bucket.shard = bucket.storage[first:last]
-        result.sum_into(bucket.shard, add=again)
+        if again and self._after != 1.0:
+            # Where what was sent lay, so that the factor meets the new part alone.
+            first, last = self._mine(bucket)
+            result.sum_into(bucket.storage[first:last], add=False)
+            bucket.shard.add_(bucket.storage[first:last], alpha=self._after)
+        else:
+            result.sum_into(bucket.shard, add=again)
+            if self._after != 1.0:
+                bucket.shard.mul_(self._after)
         assert bucket.received is not None
         self._received.give_back(bucket.received)
         if bucket.message is not None:
@@ -259,7 +278,10 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
     def wait(self) -> None:
         super().wait()
         if self._message_work is not None:
-            self._message_work.wait()
+            try:
+                self._message_work.wait()
+            except RuntimeError as error:
+                raise self._lost(self.buckets[-1], error) from error
             self._message_work = None
             self._used = used = self._message[: len(self._seen)].tolist()
             if max(used, default=0) >= CHANGED:
@@ -334,6 +356,12 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
                     yield param, param.grad
 
     def restore(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        """As the base says.
+
+        Raises:
+            CheckpointError: the window was divided in another way. Raised by some rank at least, before anything changes.
+        """
+        self._check_division(gradients)
         self.clear()
         for bucket in self.buckets:
             held = [place for place, param in enumerate(bucket.params) if param in gradients]
@@ -352,7 +380,25 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
                     bucket.slots[place].copy_(gradients[param])
                     param.grad = bucket.slots[place]
 
+    def _check_division(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        # Ranks own intervals in the order of ranks, so where all have as many elements, all have the same ones.
+        for bucket in self.buckets:
+            for place, param in enumerate(bucket.params):
+                own = bucket.layout.share(place, self._rank).length if self._every_backward else param.numel()
+                if param in gradients and gradients[param].numel() != own:
+                    raise CheckpointError(
+                        f"the checkpoint's unfinished gradients are divided in another way: this rank has "
+                        f"{gradients[param].numel()} elements of a parameter there, {own} here",
+                        where=f"load_checkpoint, parameter {self._names[param]!r}",
+                        fix="load it with the reduce_bucket_size and the optimizer it was written with and save at a "
+                        "step boundary, or pass load_optimizer_states=False",
+                    )
+
     def detach(self) -> None:
+        for bucket in self.buckets:
+            # The partition that knows the bucket may live on. What a collective still reads stays.
+            if bucket.work is None:
+                bucket.drop()
         super().detach()
         for pool in (self._rooms, self._received, self._messages):
             pool.clear()

@@ -8,11 +8,13 @@ import torch
 import torch.distributed as dist
 
 from ds_core.comm import all_or_none
+from ds_core.errors import ConfigError, EngineError, few
 from ds_core.interfaces.logical import GRADIENT, MASTER, WEIGHT, Chunk, LogicalTensor, Piece, logical_name
 from ds_core.interfaces.partition import OverflowSource, Partition, PartitionInputs, SquaredNorm
 from ds_core.ops import best
 from ds_core.partition.arithmetic import plan_buckets
 from ds_core.partition.changes import ModelWatch
+from ds_core.partition.division import division_of
 from ds_core.partition.stored import cast_stored, stored_pieces
 from ds_zero.gradients import ShardBucket, ShardedGradients
 from ds_zero.layout import cut, whole_each
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from ds_core.config import Config
     from ds_zero.weights import Shard
 
 __all__ = ["ZeroStage1", "ZeroStage2"]
@@ -36,10 +39,27 @@ class _Stage12(Partition):
     divides = True
     every_backward: ClassVar[bool]
 
+    @classmethod
+    def check_config(cls, config: Config) -> None:
+        zero = config.zero_optimization
+        asked = None
+        if zero.offload_optimizer is not None and zero.offload_optimizer.device != "none":
+            asked = f'offload_optimizer: device is "{zero.offload_optimizer.device}"'
+        elif zero.zenflow is not None:
+            asked = "zenflow: a section is given"
+        if asked is not None:
+            key = asked.partition(":")[0]
+            raise ConfigError(
+                f"zero_optimization.{asked}, which is not built yet",
+                where=config.where,
+                fix=f'remove "{key}": optimizer state is divided over the ranks, and stays on their devices',
+            )
+
     def __init__(self, inputs: PartitionInputs) -> None:
         super().__init__(inputs)
         group = inputs.group
         self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
+        self._division = division_of(inputs.config, self._world_size)
         self._sum_of_squares = best("sum_of_squares", inputs.device).implementation
         self._params = [param for each in inputs.param_groups for param in each["params"]]
         known = set(self._params)
@@ -67,6 +87,7 @@ class _Stage12(Partition):
             inputs.names,
             inputs.dtypes,
             group,
+            after=self._division.after,
             every_backward=self.every_backward,
             find_sources=inputs.find_sources,
         )
@@ -89,8 +110,7 @@ class _Stage12(Partition):
 
     @property
     def loss_factor(self) -> float:
-        # Dividing the loss costs nothing; dividing the reduced gradients would be one more pass over them.
-        return 1.0 / self._world_size
+        return self._division.before
 
     def optimizer_groups(self) -> list[dict[str, object]]:
         return [
@@ -131,6 +151,8 @@ class _Stage12(Partition):
     def reduce(self) -> SquaredNorm:
         self._gradients.check_whole()
         self._gradients.wait()
+        if not self.inputs.config.zero_optimization.ignore_unused_parameters:
+            self._check_used()
         self._weights.follow_writes()
         copies: list[Tensor] = []
         sources: list[Tensor] = []
@@ -148,6 +170,18 @@ class _Stage12(Partition):
         if copies:
             torch._foreach_copy_(copies, sources)
         return SquaredNorm(self._sum_of_squares(self._gradients.flats()), (self.inputs.group,))
+
+    def _check_used(self) -> None:
+        unused = [
+            self.inputs.names[param] for param in self._params if not self._gradients.is_used(*self._place[param])
+        ]
+        if unused:
+            raise EngineError(
+                f"{len(unused)} parameters got no gradient on any rank in this step: {few(unused)}",
+                where="step, with zero_optimization.ignore_unused_parameters false",
+                fix="use them in every step, freeze them with requires_grad_(False) before initialize, or leave the "
+                "key out",
+            )
 
     def _is_elsewhere(self, param: nn.Parameter) -> bool:
         """Return whether the optimizer of another rank looks after all of ``param``."""

@@ -53,6 +53,17 @@ def _offloads_nothing(config: Config) -> bool:
     return offload is None or offload.device == "none" or config.zero_optimization.stage == 0
 
 
+_UNDIVIDED = NoEffect(
+    'gradient_allreduce_op is "sum", so nothing is divided', when=lambda config: config.gradient_allreduce_op == "sum"
+)
+_BEFORE_ANYWAY = NoEffect(
+    "gradient_predivide_factor is 1, so all of the division is before the sum anyway",
+    when=lambda config: config.gradient_predivide_factor == 1,
+)
+_PRESCALED = NoEffect(
+    "prescale_gradients is true, so all of the division is before the sum",
+    when=lambda config: config.prescale_gradients,
+)
 Steps = Annotated[PositiveInt | None, BeforeValidator(_never)]
 Lowered = BeforeValidator(lowered)
 
@@ -84,11 +95,12 @@ class Config(Section):
     dataloader_drop_last: bool = False
     """Drop the last batch of an epoch where it is not full."""
 
-    prescale_gradients: Annotated[bool, NotBuilt(False)] = False
-    """Divide gradients before they are summed over the ranks."""
-    gradient_predivide_factor: Annotated[Number, NotBuilt(1.0)] = 1.0
-    """Divide by this before the sum and by the rest after it."""
-    gradient_allreduce_op: Annotated[Literal["mean", "sum"], Lowered, NotBuilt("mean")] = "mean"
+    prescale_gradients: Annotated[bool, _UNDIVIDED, _BEFORE_ANYWAY] = False
+    """Divide gradients by the number of ranks before they are summed, whatever ``gradient_predivide_factor`` says."""
+    gradient_predivide_factor: Annotated[Number, Field(gt=0), _UNDIVIDED, _PRESCALED] = 1.0
+    """Divide gradients by this before they are summed over the ranks, and by the rest after it, which is one more pass
+    over them; 1: by all of it before."""
+    gradient_allreduce_op: Annotated[Literal["mean", "sum"], Lowered] = "mean"
     """What becomes of the gradients of different ranks."""
     communication_data_type: DtypeName | None = None
     """Dtype of gradients inside a collective; null is the precision's own."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["given_paths", "key_state", "section_state", "state_of", "unread_options", "without_effect"]
 
-SWITCHES = ("enabled", "stage")
+SWITCHES = ("enabled", "stage", "device")
 """Keys that turn their section on and off; they are at work even when they say off."""
 PRECISIONS = ("fp16", "bf16", "torch_autocast")
 

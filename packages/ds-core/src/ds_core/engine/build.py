@@ -95,9 +95,11 @@ def choose(config: Config) -> Choice:
     by = "partition.type" if config.partition.type else f"zero_optimization.stage {stage}"
     if config.optimizer is not None:
         find_optimizer(config.optimizer.type)
+    partition: type[Partition] = _load(config, "partition", config.plugin("partition"), by)
+    partition.check_config(config)
     return Choice(
         precision,
-        _load(config, "partition", config.plugin("partition"), by),
+        partition,
         _checkpoint(config),
         _monitors(config),
     )

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["without_effect_here"]
 
-AMONG_RANKS = ("communication_data_type", "torch_autocast.lower_precision_safe_modules")
+AMONG_RANKS = (
+    *("communication_data_type", "torch_autocast.lower_precision_safe_modules"),
+    *("prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op"),
+)
 """Keys about what gradients become on their way to other ranks."""
 OF_STEPS = (
     *("gradient_clipping", "steps_per_print", "data_types.grad_accum_dtype", "bf16.check_grad_overflow", *AMONG_RANKS),
@@ -53,6 +56,8 @@ def _reasons(engine: EngineFace, given: list[str]) -> Iterator[tuple[str, str]]:
     elif optimizer is None and engine.client_lr_scheduler is None and _sets_every_rate(engine):
         assert config.scheduler is not None
         yield RATE, f"{config.scheduler.type} sets the learning rate of every step"
+    if all(dtypes.master is None for dtypes in engine.parts.partition.inputs.dtypes.values()):
+        yield "zero_optimization.load_from_fp32_weights", "the weights have all digits themselves"
     if engine.training_dataloader is None:
         yield "dataloader_drop_last", "no training_data was given; only a loader from deepspeed_io would read it"
     if engine.parts.world_size == 1:

@@ -38,8 +38,13 @@ class Matched:
     """The weights of the model."""
 
 
-def match(wanted: Iterable[Piece], reader: CheckpointReader) -> Matched:
+def match(wanted: Iterable[Piece], reader: CheckpointReader, *, masters: bool = True) -> Matched:
     """Look for a stored tensor for every piece.
+
+    Args:
+        wanted: the pieces of the model.
+        reader: the checkpoint.
+        masters: fill weights and masters from stored masters; if not, from stored weights, where both are there.
 
     Raises:
         CheckpointError: one has another shape.
@@ -49,7 +54,7 @@ def match(wanted: Iterable[Piece], reader: CheckpointReader) -> Matched:
     found: list[Piece] = []
     missing: set[str] = set()
     for piece in wanted:
-        of = _best_source(piece, stored)
+        of = _source(piece, stored, masters=masters)
         if of is None:
             missing.add(piece.of.name)
         elif of.shape != piece.of.shape:
@@ -118,9 +123,11 @@ def tell(matched: Matched) -> None:
         )
 
 
-def _best_source(piece: Piece, stored: Mapping[tuple[str, str], LogicalTensor]) -> LogicalTensor | None:
-    """Return the stored tensor with the most digits of ``piece``: a master is the weight before it was cast."""
-    kinds = (MASTER, WEIGHT) if piece.of.kind in (MASTER, WEIGHT) else (piece.of.kind,)
+def _source(piece: Piece, stored: Mapping[tuple[str, str], LogicalTensor], *, masters: bool) -> LogicalTensor | None:
+    """Return the stored tensor that fills ``piece``: a master, if there is one, is the weight before it was cast."""
+    kinds: tuple[str, ...] = (piece.of.kind,)
+    if piece.of.kind in (MASTER, WEIGHT):
+        kinds = (MASTER, WEIGHT) if masters else (WEIGHT, MASTER)
     return next((stored[piece.of.name, kind] for kind in kinds if (piece.of.name, kind) in stored), None)
 
 

@@ -67,7 +67,9 @@ def restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) 
     # Everything that can be refused is, before the first tensor changes.
     matched = None
     if options.custom is None:
-        matched = match(parts.partition.pieces(), reader)
+        zero = engine._config.zero_optimization
+        masters = zero.load_from_fp32_weights or zero.stage not in (1, 2)
+        matched = match(parts.partition.pieces(), reader, masters=masters)
         check(matched, strict=options.strict)
     of_optimizer = parts.partition.optimizer_pieces()
     options = _with_optimizer_if_it_fits(engine, of_optimizer, state, options)

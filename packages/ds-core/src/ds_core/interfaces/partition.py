@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from ds_core.config import Config, Section
+    from ds_core.config.config import Config as WholeConfig
     from ds_core.interfaces.logical import Piece
     from ds_core.interfaces.precision import ParameterDtypes, PrecisionPlan
 
@@ -95,6 +96,14 @@ class Partition(ABC):
     divides: ClassVar[bool] = False
     """Whether the optimizer of each rank updates a part of its own; if not, all of them update the same."""
 
+    @classmethod  # noqa: B027 - most refuse nothing
+    def check_config(cls, config: WholeConfig) -> None:
+        """Refuse what this partition cannot carry out. Called first, before a process group or a device is touched.
+
+        Raises:
+            ConfigError: what it is, and what to do instead.
+        """
+
     def __init__(self, inputs: PartitionInputs) -> None:
         """Collective over ``inputs.group``. May cast or move parameters and put hooks on them and their modules."""
         self.inputs = inputs
@@ -103,7 +112,7 @@ class Partition(ABC):
     @property
     @abstractmethod
     def loss_factor(self) -> float:
-        """Multiplied into the loss, so that the reduced gradient is the mean over ranks. 1.0 on one rank."""
+        """Multiplied into the loss: how much of the division by the number of ranks is before the sum; 1.0 on one."""
 
     @abstractmethod
     def optimizer_groups(self) -> list[dict[str, Any]]:

@@ -65,11 +65,13 @@ class Bucket(SlotBucket):
         """Make the message ready to be sent."""
         self.message = self.storage.to(self._reduce_dtype)
 
-    def unseal(self) -> None:
-        """Take the reduced message back."""
+    def unseal(self, after: float) -> None:
+        """Take the reduced message back, and multiply ``after`` into its gradients."""
         if self.message is not self.storage:
             self.storage.copy_(self.message)
             self.message = self.storage
+        if after != 1.0:
+            self.gradients.mul_(after)
 
     def mark_source(self, rank: int) -> None:
         """Write into the sealed message whether what ``rank``, this one, sends is finite: the cast may have been it."""
@@ -92,6 +94,7 @@ class Bucketer(OrderedBuckets[Bucket]):
         bucket_bytes: int,
         rank: int,
         world_size: int,
+        after: float,
         find_sources: bool,
         start: StartCollective,
     ) -> None:
@@ -104,6 +107,7 @@ class Bucketer(OrderedBuckets[Bucket]):
             bucket_bytes: close a bucket when its message has this size; the first one at a 25th, to start early.
             rank: this rank's place among those that reduce.
             world_size: ranks whose gradients a collective sums.
+            after: multiplied into what a collective returns, see ``division``.
             find_sources: remember which ranks had inf or NaN.
             start: starts the collective that sums ``bucket.message`` over the ranks, and returns its handle.
         """
@@ -120,7 +124,7 @@ class Bucketer(OrderedBuckets[Bucket]):
             for index, items in enumerate(plan)
         ]
         super().__init__(buckets, names, dtypes)
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size, self._after = rank, world_size, after
         self._sources_mixed = False
         """A window that was reduced twice: the second time every rank sends what the first one summed."""
         self._start = start
@@ -128,7 +132,7 @@ class Bucketer(OrderedBuckets[Bucket]):
     def reopen(self) -> None:
         # Every rank now has the same sum; a share of 1 / world_size each makes the coming collective count it once.
         for bucket in self.buckets:
-            bucket.gradients.mul_(1.0 / self._world_size)
+            bucket.gradients.mul_(1.0 / (self._world_size * self._after))
         self._sources_mixed = True
 
     def send(self, bucket: Bucket) -> Work:
@@ -146,7 +150,7 @@ class Bucketer(OrderedBuckets[Bucket]):
         return self._start(bucket)
 
     def receive(self, bucket: Bucket, result: Any) -> None:
-        bucket.unseal()
+        bucket.unseal(self._after)
         missing = bucket.unfilled()
         if not missing or self._change is not None:
             return

@@ -10,6 +10,7 @@ from ds_core.interfaces.partition import OverflowSource, Partition, PartitionInp
 from ds_core.ops import best
 from ds_core.partition.buckets import Bucketer
 from ds_core.partition.changes import ModelWatch
+from ds_core.partition.division import division_of
 from ds_core.partition.stored import Masters, cast_stored, stored_pieces
 from ds_core.partition.window import LocalGradients
 
@@ -46,6 +47,7 @@ class ReplicatedPartition(Partition):
         super().__init__(inputs)
         self._rank = dist.get_rank(inputs.group)
         self._world_size = dist.get_world_size(inputs.group)
+        self._division = division_of(inputs.config, self._world_size)
         self._sum_of_squares = best("sum_of_squares", inputs.device).implementation
         self._params = [param for group in inputs.param_groups for param in group["params"]]
         self._outside = _trainable_but_not_optimized(inputs.module, self._params)
@@ -69,6 +71,7 @@ class ReplicatedPartition(Partition):
                 bucket_bytes=options.bucket_bytes,
                 rank=self._rank,
                 world_size=self._world_size,
+                after=self._division.after,
                 find_sources=inputs.find_sources,
                 start=self._all_reduce,
             )
@@ -86,8 +89,7 @@ class ReplicatedPartition(Partition):
 
     @property
     def loss_factor(self) -> float:
-        # Dividing the loss costs nothing; dividing the reduced gradients would be one more pass over them.
-        return 1.0 / self._world_size
+        return self._division.before
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         return [

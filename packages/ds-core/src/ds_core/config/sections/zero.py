@@ -30,18 +30,38 @@ def _only_at(*stages: int) -> NoEffect:
     )
 
 
-BELOW_3 = _only_at(1, 2)
+AT_1_AND_2 = _only_at(1, 2)
 AT_3 = _only_at(3)
 EVERY_CHECKPOINT_IS = NoEffect("every checkpoint loads at any world size")
+ALWAYS_FLAT = NoEffect("a gradient is copied into a flat bucket as soon as it is there, whatever this says")
+ALWAYS_SCATTERED = NoEffect("every bucket is divided over all ranks by the primitive that is fastest on the backend")
+ALWAYS_GATHERED = NoEffect("every bucket of weights is divided over all ranks, so it is all-gathered")
+GATHERED_BY_BUCKET = NoEffect("weights are gathered in the buckets that gradients are reduced in: reduce_bucket_size")
+ALWAYS_OVERLAPPED = NoEffect(
+    "at stages 1 and 2 buckets are reduced while backward runs, which takes no more memory",
+    when=lambda config: config.zero_optimization.stage < 3,
+)
+ALWAYS_EVEN = NoEffect("every rank owns an equal part of each bucket, so none has more gradients to copy than another")
 
 
-class OffloadParamSection(Section):
-    """Where parameters wait between their uses (stage 3)."""
+class _OffloadSection(Section):
+    """What both kinds of offload have."""
 
     device: Device = "none"
     """``cpu`` memory, files (``nvme``), or not at all."""
     nvme_path: str | None = None
     """Folder of the files."""
+
+    def is_on(self) -> bool:
+        return self.device != "none"
+
+    def why_off(self) -> str:
+        return "" if self.is_on() else 'device is "none"'
+
+
+class OffloadParamSection(_OffloadSection):
+    """Where parameters wait between their uses (stage 3). Not built yet."""
+
     buffer_count: PositiveInt = 5
     """Buffers for reading and writing files."""
     buffer_numel: Count = key("buffer_size", default=100_000_000)
@@ -52,13 +72,9 @@ class OffloadParamSection(Section):
     """Page-locked CPU memory: faster copies, more memory."""
 
 
-class OffloadOptimizerSection(Section):
-    """Where optimizer state lives (stages 1 to 3)."""
+class OffloadOptimizerSection(_OffloadSection):
+    """Where optimizer state lives (stages 1 to 3). Not built yet: ``initialize`` refuses any device."""
 
-    device: Device = "none"
-    """``cpu`` memory, files (``nvme``), or not at all."""
-    nvme_path: str | None = None
-    """Folder of the files."""
     buffer_count: PositiveInt = 4
     """Buffers for reading and writing files: one per state tensor, and one each for weight and gradient."""
     pin_memory: bool = True
@@ -150,30 +166,30 @@ class ZeroSection(Section):
 
     stage: Annotated[Int, Field(ge=0, le=3)] = 0
     """0: nothing is divided; 1: optimizer state; 2: and gradients; 3: and parameters."""
-    contiguous_gradients: bool = True
-    """Copy gradients into one buffer as they appear."""
-    reduce_scatter: bool = True
-    """Reduce-scatter gradients instead of all-reducing them."""
+    contiguous_gradients: Annotated[bool, ALWAYS_FLAT] = True
+    """Copy gradients into one buffer as they appear, which is what always happens."""
+    reduce_scatter: Annotated[bool, ALWAYS_SCATTERED] = True
+    """Reduce-scatter gradients instead of all-reducing them, which is what always happens."""
     reduce_bucket_numel: Count = key("reduce_bucket_size", default=500_000_000)
-    """Elements of gradient reduced at once."""
-    use_multi_rank_bucket_allreduce: Annotated[bool, BELOW_3] = True
-    """One bucket may hold gradients of several owners (stages 1 and 2)."""
-    allgather_partitions: Annotated[bool, BELOW_3] = True
-    """All-gather updated parameters instead of broadcasting them."""
-    allgather_bucket_numel: Annotated[Count, BELOW_3] = key("allgather_bucket_size", default=500_000_000)
-    """Elements of parameters gathered at once."""
-    overlap_comm: bool | None = None
-    """Reduce gradients while backward still runs; null means true at stage 3 and false below."""
-    load_from_fp32_weights: bool = True
-    """Take master weights from the checkpoint's fp32 ones."""
+    """Elements of gradient reduced at once, and of weights gathered; where the key is not given, 25 MiB of them."""
+    use_multi_rank_bucket_allreduce: Annotated[bool, ALWAYS_SCATTERED] = True
+    """One bucket may hold gradients of several owners: here each belongs to all ranks (stages 1 and 2)."""
+    allgather_partitions: Annotated[bool, ALWAYS_GATHERED] = True
+    """All-gather updated parameters instead of broadcasting them, which is what always happens."""
+    allgather_bucket_numel: Annotated[Count, GATHERED_BY_BUCKET] = key("allgather_bucket_size", default=500_000_000)
+    """Elements of parameters gathered at once; here ``reduce_bucket_size`` sets both."""
+    overlap_comm: Annotated[bool | None, ALWAYS_OVERLAPPED] = None
+    """Reduce gradients while backward still runs, which always happens; null reads as true at stage 3, false below."""
+    load_from_fp32_weights: Annotated[bool, AT_1_AND_2] = True
+    """Load the masters of 16-bit weights with all their digits; false: begin them from the weights."""
     elastic_checkpoint: Annotated[bool, EVERY_CHECKPOINT_IS] = False
     """Has no effect: every checkpoint loads at any world size."""
     offload_param: OffloadParamSection | None = None
-    """Where parameters wait between their uses."""
+    """Where parameters wait between their uses; not built yet."""
     offload_optimizer: OffloadOptimizerSection | None = None
-    """Where optimizer state lives."""
+    """Where optimizer state lives; not built yet: any device but ``none`` is refused at stages 1 and 2."""
     zenflow: ZenFlowSection | None = None
-    """Split updates of important and other gradients."""
+    """Split updates of important and other gradients; not built yet: refused at stages 1 and 2."""
     sub_group_numel: Annotated[Count, AT_3] = key("sub_group_size", default=1_000_000_000)
     """Elements updated at once (stage 3)."""
     prefetch_bucket_numel: Annotated[Count, AT_3] = key(
@@ -200,11 +216,11 @@ class ZeroSection(Section):
     """Gather parameters by all-reduce."""
     allgather_sequential: Annotated[bool, AT_3] = key("stage3_allgather_sequential", default=False)
     """Gather parameters one after another."""
-    ignore_unused_parameters: bool = True
-    """A parameter without a gradient is no error (stage 2)."""
+    ignore_unused_parameters: Annotated[bool, AT_1_AND_2] = True
+    """A parameter that no rank has a gradient of is no error; false: the step raises one with the names."""
     legacy_stage1: Annotated[bool, NotBuilt(False, why="which was removed from DeepSpeed")] = False
     """DeepSpeed's first stage 1."""
-    round_robin_gradients: Annotated[bool, BELOW_3] = False
+    round_robin_gradients: Annotated[bool, ALWAYS_EVEN] = False
     """Spread the copies of gradients to the CPU over the ranks."""
     zero_hpz_partition_size: Annotated[PositiveInt, AT_3] = 1
     """Ranks among which a second copy of the parameters is divided (ZeRO++)."""
