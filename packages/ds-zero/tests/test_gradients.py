@@ -12,6 +12,8 @@ from torch import nn
 
 import ds_core
 from ds_core import comm
+from ds_core.errors import CheckpointError
+from ds_core.testing.memory import LiveStorage
 from ds_core.testing.ranks import run_ranks
 from ds_zero.gradients import IN_FLIGHT
 
@@ -36,12 +38,12 @@ class Model(nn.Module):
         return x.square().sum()
 
 
-def start(stage: int, accumulation: int = 1) -> Any:
+def start(stage: int, accumulation: int = 1, bucket_size: int = 1) -> Any:
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 1},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket_size},
     }
     return ds_core.initialize(model=Model(), config=config)[0]
 
@@ -101,15 +103,20 @@ def order_of_sending(stage: int) -> list[int]:
     return sent
 
 
+def stopped(engine: Any) -> list[Any]:
+    """Train the first half of a window, and return copies of its gradients."""
+    engine.backward(engine(batch(0)))
+    engine.step()
+    return [
+        type(piece)(piece.of, piece.chunk, piece.data.detach().clone(), piece.writer)
+        for piece in engine.parts.partition.gradient_pieces()
+    ]
+
+
 def restored(stage: int) -> bool:
     """A window that is stopped, read and restored in another engine goes on to the same weights, bit for bit."""
     one, two = start(stage, 2), start(stage, 2)
-    one.backward(one(batch(0)))
-    one.step()
-    pieces = [
-        type(piece)(piece.of, piece.chunk, piece.data.detach().clone(), piece.writer)
-        for piece in one.parts.partition.gradient_pieces()
-    ]
+    pieces = stopped(one)
     assert {piece.of.name for piece in pieces} == {f"layers.{at}.weight" for at in range(LAYERS)}
     two.parts.partition.restore_gradients(pieces)
     two.parts.accumulation.in_window = 1
@@ -119,8 +126,33 @@ def restored(stage: int) -> bool:
     return all(map(torch.equal, one.module.parameters(), two.module.parameters()))
 
 
+def restored_in_other_buckets(stage: int) -> str:
+    """Return what is said to a window whose gradients are divided in another way here."""
+    pieces = stopped(start(stage, 2))
+    try:
+        start(stage, 2, bucket_size=1000).parts.partition.restore_gradients(pieces)
+    except CheckpointError as error:
+        return error.what
+    return "restored"
+
+
+def destroyed(stage: int) -> int:
+    """Return how many bytes of gradients an engine has that somebody still holds after destroy()."""
+    engine = start(stage, 2)
+    engine.backward(engine(batch(0)))
+    partition = engine.parts.partition
+    buckets = list(gradients_of(engine).buckets)
+    with LiveStorage() as live:
+        live.track(tensor for bucket in buckets for tensor in (bucket.storage, bucket.keep()) if tensor is not None)
+        assert live.live_bytes > 0
+        engine.destroy()
+        left = live.live_bytes
+    assert partition.optimizer_pieces()
+    return left
+
+
 STAGES = (1, 2)
-FUNCTIONS = (memory, used_by_one_rank, order_of_sending, restored)
+FUNCTIONS = (memory, used_by_one_rank, order_of_sending, restored, restored_in_other_buckets, destroyed)
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +187,14 @@ def test_every_rank_sends_in_the_order_of_the_buckets(results, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_window_goes_on_where_it_is_restored(results, stage):
     assert results[restored, stage] == [True, True]
+
+
+def test_a_window_that_was_divided_in_another_way_is_refused(results):
+    # At stage 1 every rank has full gradients inside a window.
+    assert results[restored_in_other_buckets, 1] == ["restored"] * 2
+    assert all("divided in another way" in told for told in results[restored_in_other_buckets, 2])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_engine_that_was_destroyed_holds_no_gradients(results, stage):
+    assert results[destroyed, stage] == [0, 0]
