@@ -7,6 +7,10 @@ Stage 2 sends in every backward. A bucket has memory from its first gradient unt
 goes to the next bucket, so that only a few have memory at a time. What stays is the shard: this rank's segment of the
 sum, to which later backwards of the window add theirs.
 
+Note: waiting inside backward. Memory for a few buckets means that a rank waits, from a hook, for the others to send
+what it sent. Where a rank did not use a parameter it sends at the end of its backward; so a model whose own backward
+communicates must use the same parameters on every rank, or each waits for the other.
+
 Note: unused parameters. Ranks must agree on which parameters got a gradient in the window anywhere: the others keep
 ``grad`` None. One small collective per window sums a flag per parameter, behind the last bucket.
 
@@ -359,7 +363,7 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
         """As the base says.
 
         Raises:
-            CheckpointError: the window was divided in another way. Raised by some rank at least, before anything changes.
+            CheckpointError: the window was divided in another way. Some rank at least raises it; nothing has changed.
         """
         self._check_division(gradients)
         self.clear()
