@@ -464,4 +464,6 @@ def test_an_optimizer_of_which_nothing_is_known_is_told(
     with caplog.at_level(logging.INFO, "ds_core"):
         start(stage, Model(SHAPES), optimizer=partial(optimizer, lr=0.05))
     told = "Lamb does not say whether it is elementwise, so each parameter is updated whole, by one rank"
-    assert any(told in message for message in caplog.messages) is is_told
+    found = [message for message in caplog.messages if told in message]
+    assert bool(found) is is_told
+    assert all("elementwise = True in its class" in message and "use stage 0" in message for message in found)

@@ -319,7 +319,8 @@ def _say_if_unknown(optimizer: torch.optim.Optimizer, partition: Partition, made
     if partition.divides and known_of(made_by) is None:
         log_dist(
             f"{type(optimizer).__name__} does not say whether it is elementwise, so each parameter is updated whole, "
-            "by one rank; if it looks at several parameters at once, such as at a norm over all, use stage 0"
+            "by one rank. If it updates each element by itself, elementwise = True in its class divides it evenly; if "
+            "it looks at several parameters at once, such as at a norm over all, use stage 0"
         )
 
 
