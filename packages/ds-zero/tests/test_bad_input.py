@@ -154,6 +154,7 @@ def odd_arguments(stage: int, difference: str) -> dict[str, Any]:
         "other stage": lambda: {"config": config(3 - stage)},
         "other bucket": lambda: {"config": config(stage, zero_optimization={"stage": stage, "reduce_bucket_size": 50})},
         "other accumulation": lambda: {"config": config(stage, 2)},
+        "other division": lambda: {"config": config(stage, gradient_predivide_factor=2.0)},
         "other lr": lambda: {"config": config(stage, optimizer={"type": "SGD", "params": {"lr": 0.2}})},
     }[difference]()
 
@@ -169,6 +170,7 @@ DIFFERENCES = {
     "other stage": "zero_optimization.stage",
     "other bucket": "zero_optimization.reduce_bucket",
     "other accumulation": "rank 0 has gradient_accumulation_steps 1, rank 1 has gradient_accumulation_steps 2",
+    "other division": "rank 0 has gradient_predivide_factor 1.0, rank 1 has gradient_predivide_factor 2.0",
     "other lr": "rank 1 has optimizer.params {'lr': 0.2}",
 }
 

@@ -85,11 +85,15 @@ def check_strangers(groups: Sequence[Mapping[str, Any]], module: nn.Module) -> N
         )
 
 
-_AGREED = (
+_AGREED_KEYS = (
+    *("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "communication_data_type"),
+    *("prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op"),
+)
+_AGREED_SECTIONS = (
     *("zero_optimization", "partition", "precision", "fp16", "bf16", "torch_autocast", "data_types"),
     *("optimizer", "scheduler"),
 )
-"""Sections that decide what collectives do, or how weights change."""
+"""Keys and sections that decide what collectives do, or how weights change."""
 
 
 def check_ranks_agree(
@@ -137,9 +141,8 @@ def check_ranks_agree(
 
 
 def _facts_of(config: Config) -> list[str]:
-    sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    facts = [f"{key} {getattr(config, key)}" for key in (*sizes, "communication_data_type")]
-    for name in _AGREED:
+    facts = [f"{key} {getattr(config, key)}" for key in _AGREED_KEYS]
+    for name in _AGREED_SECTIONS:
         section = getattr(config, name)
         if section is None:
             facts.append(f"no section {name!r}")
