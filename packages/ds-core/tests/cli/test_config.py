@@ -327,3 +327,24 @@ def test_check_names_the_package_that_is_not_installed_here(tmp_path: Path) -> N
         "  note: checkpoint.writer.decoupled: initialize needs ds-ckpt, which is not installed: pip install ds-ckpt",
         '  note: checkpoint.sharded: not read: "async" is in force, and its options are those in "checkpoint.async"',
     ]
+
+
+@pytest.mark.parametrize(
+    ("raw", "key"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage"),
+        ({"partition": {"type": "3", "3": {"x": 1}}}, "partition.type"),
+    ],
+)
+def test_check_says_what_the_installed_release_cannot_do(
+    raw: dict[str, Any], key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugins = {**PLUGINS, "partition": ("1", "2", "replicated")}
+    monkeypatch.setattr(registry, "names", lambda seam: plugins.get(seam, ()))
+    monkeypatch.setattr(registry, "version_here", {"ds-zero": "0.1.0"}.get)
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(raw))
+    result = ds_config("check", str(path))
+    assert result.exit_code == 0
+    (note,) = [line for line in result.stdout.splitlines() if "note: " in line]
+    assert note.startswith(f"  note: {key}: initialize needs a later release of ds-zero, installed is 0.1.0")

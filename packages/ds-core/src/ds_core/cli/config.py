@@ -190,11 +190,14 @@ def _print_heading(text: str) -> None:
 def _checked(file: str, world: int | None, compatible: bool | None) -> dict[str, Any]:
     """Return what was found in ``file`` as JSON can hold it."""
     from ds_core.config.loading import examine
+    from ds_core.config.notes import of_later_releases
     from ds_core.config.plugin_options import with_plugins
     from ds_core.errors import ConfigError
 
     try:
         examined, notes = with_plugins(examine(file, dp_world_size=world, compatible=compatible))
+        told = {note.path for note in notes}
+        notes += [note for note in of_later_releases(examined.config) if note.path not in told]
     except ConfigError as error:
         # One file that cannot be read must not hide what is wrong with the others.
         where = None if error.where == file else error.where

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ds_core.config.loading import Examined
     from ds_core.config.origins import Origins
 
-__all__ = ["Note", "notes_of"]
+__all__ = ["Note", "needs", "notes_of", "of_later_releases"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,21 @@ def notes_of(examined: Examined, origins: Origins, groups: Sequence[Group]) -> I
             yield Note("no effect", path, why)
     yield from _hints(config, groups)
     for needed_by, package, version in _missing_packages(config):
-        what = (
-            f"{package}, which is not installed: pip install {package}"
-            if version is None
-            else f"a later release of {package}, installed is {version}"
-        )
-        yield Note("package", needed_by, f"initialize needs {what}")
+        yield Note("package", needed_by, f"initialize {needs(package, version)}")
+
+
+def needs(package: str, version: str | None) -> str:
+    """Say that ``package`` is needed, or a later release of it where ``version`` is installed."""
+    if version is None:
+        return f"needs {package}, which is not installed: pip install {package}"
+    return f"needs a later release of {package}, installed is {version}"
+
+
+def of_later_releases(config: Config) -> Iterator[Note]:
+    """Yield what an installed package is said to bring, and does not: ``initialize`` will refuse it on this machine."""
+    for needed_by, package, version in _missing_packages(config):
+        if version is not None:
+            yield Note("package", needed_by, f"initialize {needs(package, version)}")
 
 
 def _hints(config: Config, groups: Sequence[Group]) -> Iterator[Note]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_core.config.choice_rules import CHOICES
 from ds_core.config.effects import unread_options
-from ds_core.config.notes import Note
+from ds_core.config.notes import Note, needs
 from ds_core.config.problems import Problem, in_order, placed
 from ds_core.config.section import show
 
@@ -54,9 +54,9 @@ def _of_choice(config: Config, section: str, key: str) -> Iterator[Problem | Not
     unchecked = f"; the options in {section}.{name} are unchecked" if given else ""
     if name not in registry.names(section):
         package = PACKAGE_OF_PLUGIN.get((section, name))
-        needs = f"needs {package}, which is not installed: pip install {package}"
         nobody = f"needs a package that brings the {section} {show(name)}, and none is installed here"
-        yield Note("package", by, f"initialize {needs if package else nobody}{unchecked}")
+        what = needs(package, registry.version_here(package)) if package else nobody
+        yield Note("package", by, f"initialize {what}{unchecked}")
     elif given:
         try:
             plugin = registry.find(section, name, needed_by=by)
