@@ -17,7 +17,7 @@ STEPS = 4
 
 
 def run(*words: object) -> str:
-    """Run a command as a user would, outside any job, and return what it printed."""
+    """Run a command as a user would, outside any job, and return what it printed; it warns of nothing."""
     job = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in job}
     done = subprocess.run(
@@ -29,6 +29,7 @@ def run(*words: object) -> str:
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert "[WARNING]" not in done.stdout + done.stderr
     return done.stdout
 
 

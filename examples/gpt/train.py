@@ -113,8 +113,10 @@ def train(engine: DeepSpeedEngine, loader: Iterable[Batch], args: argparse.Names
         if step % args.validate_every == 0 or step == last:
             report.validation(step, validation_loss(engine, held_out))
         if step % args.save_every == 0 or step == last:
-            # Every rank calls it: each writes its part. What stands in client_state comes back from load_checkpoint.
-            engine.save_checkpoint(args.out, client_state={"seconds": time.monotonic() - begin})
+            # Every rank calls it: each writes its part. What stands in client_state comes back from load_checkpoint;
+            # rank 0's is saved, and clocks differ, so the others give none.
+            client_state = {"seconds": time.monotonic() - begin} if is_first_rank else None
+            engine.save_checkpoint(args.out, client_state=client_state)
             report.say(f"saved step {step}")
         told_at += time.monotonic() - paused_at  # neither is training speed
 
