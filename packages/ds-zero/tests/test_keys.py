@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -10,12 +11,15 @@ from torch import nn
 
 import ds_core
 from ds_core import comm
-from ds_core.errors import ConfigError, EngineError
+from ds_core.errors import CheckpointError, ConfigError, EngineError
 from ds_core.interfaces.precision import PrecisionPlan
 from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 from ds_core.testing.partition import check_divisions
 from ds_core.testing.ranks import run_ranks
 from ds_zero.partition import ZeroStage1, ZeroStage2
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CONFIG = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
 
@@ -81,8 +85,27 @@ def unused_parameters() -> None:
         engine.destroy()
 
 
-def test_unused_parameters_are_named_on_every_rank():
-    run_ranks([unused_parameters], 2)
+def windows_of_another_division(folder: Path) -> None:
+    def start_with(stage: int, **keys: object) -> ds_core.DeepSpeedEngine:
+        config = {**CONFIG, **keys, "gradient_accumulation_steps": 2, "zero_optimization": {"stage": stage}}
+        return ds_core.initialize(model=Branches(), config=config)[0]
+
+    for stage in (0, 1, 2):
+        engine = start_with(stage)
+        engine.backward(engine(torch.ones(2, 3), "abc"))
+        engine.step()
+        engine.save_checkpoint(folder, tag=str(stage))
+        for keys in ({"gradient_allreduce_op": "sum"}, {"gradient_predivide_factor": 8}):
+            with pytest.raises(
+                CheckpointError, match=r"multiplied by 0\.5 before their sum over the ranks, this job's"
+            ):
+                start_with(stage, **keys).load_checkpoint(folder, tag=str(stage))
+        start_with(stage, prescale_gradients=True).load_checkpoint(folder, tag=str(stage))
+
+
+def test_on_two_ranks(tmp_path):
+    """Unused parameters are named on every rank; a window goes on only where gradients are divided alike."""
+    run_ranks([unused_parameters, partial(windows_of_another_division, tmp_path)], 2)
 
 
 def test_divisions_on_three_ranks():

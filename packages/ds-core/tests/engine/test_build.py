@@ -25,7 +25,7 @@ def with_engines(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
     def installed(seam: str) -> tuple[Any, ...]:
         if seam != "checkpoint":
-            return INSTALLED(seam)
+            return tuple(plugin for plugin in INSTALLED(seam) if plugin.package != "ds-ckpt")
         return tuple(plain if name == "plain" else _Plugin(name) for name in names)
 
     monkeypatch.setattr(registry, "installed", installed)

@@ -248,6 +248,15 @@ def _check_window(engine: EngineFace, reader: CheckpointReader, options: LoadOpt
             where="load_checkpoint",
             fix=f"load it with {there[0]} ranks at stage {there[1]}, or save at a step boundary",
         )
+    factor = engine.parts.partition.loss_factor
+    saved = reader.state.get("loss_factor", factor)  # others than this engine write none
+    if saved != factor:
+        raise CheckpointError(
+            f"checkpoint was saved inside an accumulation window whose gradients were multiplied by {saved:g} before "
+            f"their sum over the ranks, this job's are by {factor:g}",
+            where="load_checkpoint, gradient_allreduce_op, gradient_predivide_factor, prescale_gradients",
+            fix="load it with the settings it was written with, or save at a step boundary",
+        )
 
 
 def _check_gradients(engine: EngineFace, reader: CheckpointReader, scale: float) -> None:

@@ -219,6 +219,7 @@ def _capture(
         "precision": type(parts.precision).__name__,
         "plan": plan_in_words(parts.precision.plan),
         "loss_scale": parts.precision.scaler.scale,
+        "loss_factor": parts.partition.loss_factor,
         "scaler": encode(parts.precision.scaler.state_dict(), "loss scaler"),
         "extra_state": encode(extra_state_of(engine.module), "extra state of the model"),
         "excluded": sorted(frozen) if exclude_frozen else [],
