@@ -317,6 +317,20 @@ def all_raise_before_anything_is_sent(stage: int) -> tuple[str, str, dict[str, t
     return error, blocked, weights(engine)
 
 
+def one_rank_forgets(stage: int) -> tuple[str, dict[str, torch.Tensor]]:
+    """Rank 1 drops a micro-batch that the others have summed with it; then all drop the window and go on."""
+    engine = start(stage, 2)
+    micro(engine, 8)
+    if comm.get_rank() == 1:
+        error_of(lambda: engine.backward(Breaks.apply(loss_of(engine, batch(1)))))
+        engine.zero_grad()
+    error = error_of(lambda: engine.backward(loss_of(engine, batch(9))))
+    engine.zero_grad()
+    engine.backward(loss_of(engine, batch(0)))
+    engine.step()
+    return error, weights(engine)
+
+
 def all_raise_after_something_was_sent(stage: int) -> tuple[str, str]:
     """Breaks below the first layer, when the buckets of the last one are under way. The group is of no use any more."""
     engine = start(stage)
@@ -450,6 +464,7 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     *((function, (stage,)) for stage in STAGES for function in (one_rank_stays_away, all_empty, forward_only)),
     *((function, (stage,)) for stage in STAGES for function in (user_hooks, zero_grad_inside_a_window, eval_between)),
     *((all_raise_before_anything_is_sent, (stage,)) for stage in STAGES),
+    (one_rank_forgets, (2,)),
 ]
 
 
@@ -513,6 +528,14 @@ def test_a_window_that_broke_can_be_cleared(results, stage):
     for error, blocked, found in results[all_raise_before_anything_is_sent, stage]:
         assert error == "ValueError: broken on purpose"
         assert blocked.startswith("EngineError: the backward before this one raised")
+        assert is_close(found, trained_plainly([[0]], 2, 2))
+
+
+def test_sums_of_different_micro_batches_are_noticed(results):
+    for error, found in results[one_rank_forgets, 2]:
+        assert error.startswith(
+            "EngineError: the ranks hold sums of different backwards of this window: rank 0 2, rank 1 1"
+        )
         assert is_close(found, trained_plainly([[0]], 2, 2))
 
 

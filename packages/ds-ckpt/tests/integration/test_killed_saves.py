@@ -113,7 +113,7 @@ def save(folder: Path, rank: int, world_size: int, store: Path, tag: str, versio
             world_size=world_size,
             timeout=datetime.timedelta(seconds=TIMEOUT_S),
         )
-        # Which rank makes the folder is a race, and with it every later operation would have another number in each run.
+        # Which rank makes the folder is a race; with it every later operation would have another number in each run.
         (folder / tag).mkdir(exist_ok=True)
     given = snapshot(version, rank, world_size)
     crash.ready()

@@ -14,6 +14,10 @@ communicates must use the same parameters on every rank, or each waits for the o
 Note: unused parameters. Ranks must agree on which parameters got a gradient in the window anywhere: the others keep
 ``grad`` None. One small collective per window sums a flag per parameter, behind the last bucket.
 
+Note: sums that differ. At stage 2 a rank that forgets a window, by ``zero_grad()``, forgets its part of what all ranks
+have summed. The same message has the number of backwards that each rank's shards are the sum of; where they differ,
+every rank raises.
+
 Note: sources of an overflow. The same message has, where it is asked for, one flag per rank and bucket: whether what
 this rank sent was finite. Nobody reads them but a step that has overflowed.
 
@@ -28,7 +32,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from ds_core.errors import CheckpointError
+from ds_core.errors import CheckpointError, EngineError
 from ds_core.partition.ordered import OrderedBuckets, SlotBucket
 from ds_core.partition.window import extremes, is_finite
 from ds_zero.collectives import received_numel, reduce_scatter
@@ -148,9 +152,14 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
         self._used: list[int] | None = None
         """The same over all ranks, once the window was reduced."""
         device = self.buckets[0].device if self.buckets else torch.device("cpu")
+        self._summed = 0
+        """Backwards of this window that were reduced."""
+        counts = self._world_size if every_backward else 0
         marks = self._world_size * len(self.buckets) if find_sources else 0
-        self._message = torch.zeros(self._first_flag[-1] + marks, dtype=torch.int32, device=device)
-        self._marks = self._message[self._first_flag[-1] :].view(-1, self._world_size)
+        numels = [self._first_flag[-1], counts, marks]
+        self._message = torch.zeros(sum(numels), dtype=torch.int32, device=device)
+        self._flags, self._counts, flat_marks = self._message.split(numels)
+        self._marks = flat_marks.view(-1, self._world_size)
         self._message_work: Work | None = None
         self._sources_mixed = False
 
@@ -270,13 +279,17 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
             bucket.hide()
 
     def after_last_send(self) -> None:
+        self._summed += 1
         if not self._at_boundary:
             return
         flags = torch.tensor(list(self._seen), dtype=torch.int32)
         if self._change is not None:
             index, place = self.mark_of_change()
             flags[self._first_flag[index] + place] = CHANGED
-        self._message[: len(self._seen)].copy_(flags, non_blocking=True)
+        self._flags.copy_(flags, non_blocking=True)
+        if self._every_backward:
+            self._counts.zero_()
+            self._counts[self._rank] = self._summed
         self._message_work = dist.all_reduce(self._message, group=self._group, async_op=True)
 
     def wait(self) -> None:
@@ -287,10 +300,25 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
             except RuntimeError as error:
                 raise self._lost(self.buckets[-1], error) from error
             self._message_work = None
-            self._used = used = self._message[: len(self._seen)].tolist()
+            self._used = used = self._flags.tolist()
             if max(used, default=0) >= CHANGED:
                 at = next(place for place, flag in enumerate(used) if flag >= CHANGED)
                 self.refuse_change([param for bucket in self.buckets for param in bucket.params][at])
+            self._check_counts()
+
+    def _check_counts(self) -> None:
+        """Refuse a window of which some ranks have dropped more than others: their shards are of different sums."""
+        counts = self._counts.tolist()
+        if len(set(counts)) > 1:
+            self._aborted, self.is_reduced = True, False
+            listing = ", ".join(f"rank {rank} {count}" for rank, count in enumerate(counts))
+            raise EngineError(
+                f"the ranks hold sums of different backwards of this window: {listing}; one has called zero_grad(), "
+                "perhaps after an error, where the others went on",
+                where="backward",
+                fix="call engine.zero_grad() on every rank to begin the window anew; in the midst of one, call it on "
+                "all ranks or none",
+            )
 
     # -- what was received ------------------------------------------------------------------------------------------
 
@@ -338,7 +366,7 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
             if bucket.storage is not None:
                 self._rooms.give_back(bucket.close())
         self._seen = bytearray(len(self._seen))
-        self._used, self._sources_mixed, self._at_boundary = None, False, False
+        self._used, self._sources_mixed, self._at_boundary, self._summed = None, False, False, 0
         self._message.zero_()
 
     def unfinished(self) -> Iterator[tuple[nn.Parameter, Tensor]]:

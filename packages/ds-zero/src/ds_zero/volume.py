@@ -5,9 +5,9 @@ rank of a step moves the same.
 
 Note: what a step of stages 1 and 2 is, for each bucket: a reduce-scatter of its gradients in the dtype they are reduced
 in, once a window at stage 1, in every backward at stage 2; and an all-gather of its weights as they are stored, if the
-step updates. Besides, once a window, one all-reduce of a flag (4 bytes) per parameter and, where sources of an overflow
-are asked for, one per bucket and rank; and one of the squared norm. Stage 0 is ds-core's: one all-reduce per bucket and
-window, with the flags behind the gradients.
+step updates. Besides, once a window, one all-reduce of a flag (4 bytes) per parameter, at stage 2 one number per rank,
+and where sources of an overflow are asked for one flag per bucket and rank; and one of the squared norm. Stage 0 is ds-
+core's: one all-reduce per bucket and window, with the flags behind the gradients.
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ def step_traffic(
         if updates:
             found.append(_all_gather(chosen.all_gather, segment * bucket.stored_bytes, world_size))
     flags = sum(len(bucket.layout.numels) for bucket in buckets)
+    if stage == 2 and buckets:
+        flags += buckets[0].layout.world_size
     if find_sources:
         flags += sum(bucket.layout.world_size for bucket in buckets)
     small = [flags * FLAG_BYTES] * bool(buckets) + [NORM_BYTES] + [FOUND_BYTES] * overflows
