@@ -161,6 +161,25 @@ def check_state(stage: int, precision: str) -> None:
     with pytest.raises(CheckpointError, match="the state has no 'param_slice_mappings'"):
         engine.optimizer.load_state_dict({key: state[key] for key in state if key != "param_slice_mappings"})
     assert same(weights(engine), kept[1])
+    check_fails_together(engine, state)
+    engine.optimizer.load_state_dict(state)
+    assert same(weights(engine), kept[0])
+
+
+def check_fails_together(engine: Any, state: dict[str, Any]) -> None:
+    """What is found on one rank alone, by the scaler or by torch, is raised on both; none waits for the other."""
+    broken: list[dict[str, Any]] = [{"optimizer_state_dict": {**state["optimizer_state_dict"], "state": None}}]
+    if state["loss_scaler"]:
+        broken.append({"loss_scaler": {**state["loss_scaler"], "scale": -1.0}})
+    for change in broken:
+        before = copy.deepcopy(engine.optimizer.state_dict())
+        with pytest.raises(Exception) as caught:  # noqa: PT011 - torch's own on rank 1
+            engine.optimizer.load_state_dict({**state, **change} if engine.global_rank else state)
+        if engine.global_rank == 0:
+            assert "rank 1 failed" in str(caught.value)
+            if "loss_scaler" in change:
+                now = engine.optimizer.state_dict()
+                assert all(map(same, now["parameters"], before["parameters"])), "the other rank changed nothing either"
 
 
 def test_on_ranks() -> None:

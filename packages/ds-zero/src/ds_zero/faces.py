@@ -190,7 +190,8 @@ class DeepSpeedZeroOptimizer(OptimizerFace):
             load_optimizer_states: False: the torch optimizer stays as it is.
 
         Raises:
-            CheckpointError: it is of other parameters, or of other parts of them; nothing has changed then.
+            CheckpointError: it is of other parameters, or of other parts of them; nothing has changed then. What
+                torch's optimizer refuses on one rank alone, others have loaded by then and not published: load again.
         """
         own = all_or_none(lambda: self._own_state(state_dict), self.dp_process_group)
         super().load_state_dict(own, load_optimizer_states)

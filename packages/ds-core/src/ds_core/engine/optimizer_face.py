@@ -7,12 +7,14 @@ scripts made for DeepSpeed use (spec: ``docs/design/precision.md``).
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ds_core.comm import all_or_none
 from ds_core.engine.parts import Outcome
 from ds_core.errors import CheckpointError, ConfigError, EngineError, LossScaleError, NotBuiltError
 from ds_core.interfaces.precision import LossScaler
@@ -405,7 +407,23 @@ class OptimizerFace(DeepSpeedOptimizer):
         optimizer: Mapping[str, Any] | None,
         scaler: Mapping[str, Any],
     ) -> None:
-        """Fill what :meth:`_updated` returns from ``parameters``, load the rest, and publish to the model."""
+        """Fill what :meth:`_updated` returns from ``parameters``, load the rest, and publish to the model.
+
+        Where ranks hold different parts it is collective, and a rank that fails tells the others before they publish.
+        """
+        partition = self._engine.parts.partition
+        group = self._engine.parts.group if partition.divides else None
+        all_or_none(lambda: self._check_restorable(parameters, optimizer, scaler), group)
+        all_or_none(lambda: self._restore_own(parameters, optimizer, scaler), group)
+        partition.after_load()
+
+    def _check_restorable(
+        self,
+        parameters: Sequence[Sequence[Tensor]],
+        optimizer: Mapping[str, Any] | None,
+        scaler: Mapping[str, Any],
+    ) -> None:
+        """Refuse what can be refused before anything changes."""
         self._refuse_inside_window("state cannot be loaded")
         here = self._updated()
         shapes, given = ([[list(t.shape) for t in group] for group in groups] for groups in (here, parameters))
@@ -417,14 +435,21 @@ class OptimizerFace(DeepSpeedOptimizer):
             )
         if optimizer is not None:
             self._check_groups(optimizer)
-        # It refuses before it changes anything, so it comes before what cannot be taken back.
+        copy.deepcopy(self.loss_scaler).load_state_dict(scaler)
+
+    def _restore_own(
+        self,
+        parameters: Sequence[Sequence[Tensor]],
+        optimizer: Mapping[str, Any] | None,
+        scaler: Mapping[str, Any],
+    ) -> None:
+        """Load what :meth:`_check_restorable` let pass into what this rank has."""
         self.loss_scaler.load_state_dict(scaler)
         if optimizer is not None:
             self.optimizer.load_state_dict(dict(optimizer))
-        for own, saved in zip(here, parameters, strict=True):
+        for own, saved in zip(self._updated(), parameters, strict=True):
             for tensor, value in zip(own, saved, strict=True):
                 tensor.copy_(value)
-        self._engine.parts.partition.after_load()
 
     def _check_groups(self, state: Mapping[str, Any]) -> None:
         given = [len(group["params"]) for group in self._required(state, "param_groups")]
