@@ -424,6 +424,29 @@ def made_here() -> list[str]:
     return wrong
 
 
+def owners() -> list[str]:
+    """Give state of whole tensors to engines; return which parameter has another than one rank with all of it."""
+    wrong = []
+    for stage in STAGES[1:]:
+        model = Model(SHAPES)
+        optimizer = Lamb(groups_of(model), lr=0.05)
+        train_plainly(model, optimizer, range(1))
+        engine = start(stage, model, optimizer=optimizer)
+        partition = engine.parts.partition
+        pieces = partition.optimizer_pieces()
+        here = [not partition.is_elsewhere(piece) for piece in pieces]
+        for at, of_ranks in enumerate(zip(*comm.values_of_ranks(here, engine.data_parallel_group), strict=True)):
+            if sum(of_ranks) != 1:
+                wrong.append(f"stage {stage}: {sum(of_ranks)} ranks update {pieces[at].of.name}")
+        for when in ("given", "after a step"):
+            for piece, is_here in zip(pieces, here, strict=True):
+                if bool(optimizer.state.get(piece.data)) != (is_here and piece.of.name != "unused"):
+                    wrong.append(f"stage {stage}, {when}: state of {piece.of.name} where it is {is_here}")
+            train(engine, range(1, 2))
+        engine.destroy()
+    return wrong
+
+
 JOBS: dict[str, dict[int, Callable[[], Any]]] = {
     "as in plain PyTorch": {2: partial(compare, list(CASES), "fp32"), 3: partial(compare, ONE_OF_EACH, "fp32")},
     "made by the engine": {2: made_here},
@@ -431,6 +454,7 @@ JOBS: dict[str, dict[int, Callable[[], Any]]] = {
     "with state, and a group more": {2: partial(go_on, adding=True)},
     "a group more": {2: partial(add_groups, "fp32")},
     "no such group": {2: refuse_groups},
+    "one rank for each": {2: owners},
 }
 if "bf16" in PRECISIONS:
     JOBS["with masters"] = {world_size: partial(compare, WITH_MASTERS, "bf16") for world_size in WORLD_SIZES}

@@ -157,9 +157,11 @@ class _Stage12(Partition):
         copies: list[Tensor] = []
         sources: list[Tensor] = []
         for param, (bucket, place) in self._place.items():
-            updated = self._shard(param).updated
+            piece = self.piece_of(param)
+            assert piece is not None  # it is one of the optimizer's
+            updated = piece.data
             updated.grad = None
-            if not self._gradients.is_used(bucket, place) or self._is_elsewhere(param):
+            if not self._gradients.is_used(bucket, place) or self.is_elsewhere(piece):
                 continue
             gradient = self._gradients.own(bucket, place).view(updated.shape)
             if gradient.dtype != updated.dtype:
@@ -182,11 +184,6 @@ class _Stage12(Partition):
                 fix="use them in every step, freeze them with requires_grad_(False) before initialize, or leave the "
                 "key out",
             )
-
-    def _is_elsewhere(self, param: nn.Parameter) -> bool:
-        """Return whether the optimizer of another rank looks after all of ``param``."""
-        bucket, place = self._place[param]
-        return self.inputs.whole_tensors and bucket.layout.owner(place) != self._rank
 
     def reduced_gradient(self, param: nn.Parameter) -> Tensor | None:
         bucket, place = self._place[param]

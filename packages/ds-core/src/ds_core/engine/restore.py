@@ -67,8 +67,7 @@ def restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) 
     # Everything that can be refused is, before the first tensor changes.
     matched = None
     if options.custom is None:
-        zero = engine._config.zero_optimization
-        masters = zero.load_from_fp32_weights or zero.stage not in (1, 2)
+        masters = engine._config.zero_optimization.load_from_fp32_weights or not parts.partition.divides
         matched = match(parts.partition.pieces(), reader, masters=masters)
         check(matched, strict=options.strict)
     of_optimizer = parts.partition.optimizer_pieces()
@@ -92,7 +91,7 @@ def restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) 
             saved["groups"],
             saved["values"],
             saved.get("class"),
-            elsewhere=_updated_elsewhere(engine, of_optimizer),
+            elsewhere={piece.data for piece in of_optimizer if parts.partition.is_elsewhere(piece)},
         )
     if options.optimizer:
         _restore_gradients(engine, reader)
@@ -116,15 +115,6 @@ def restore(engine: EngineFace, reader: CheckpointReader, options: LoadOptions) 
     rank_state = reader.rank_state(rank) if rank < reader.world_size else {}
     if "rng" in rank_state:  # not in what others than this engine wrote
         restore_rng(decode(rank_state["rng"]), engine.device)
-
-
-def _updated_elsewhere(engine: EngineFace, of_optimizer: Sequence[Piece]) -> set[torch.Tensor]:
-    """Return the optimizer's tensors that stand for whole parameters of other ranks, which it has no gradients for."""
-    partition = engine.parts.partition
-    if not (partition.divides and partition.inputs.whole_tensors):
-        return set()
-    rank = comm.get_rank(engine.parts.group)
-    return {piece.data for piece in of_optimizer if not piece.chunk.length and piece.writer != rank}
 
 
 def _with_optimizer_if_it_fits(

@@ -132,6 +132,17 @@ class Partition(ABC):
             self._piece_of = dict(zip(params, self.optimizer_pieces(), strict=True))
         return self._piece_of.get(param)
 
+    def is_elsewhere(self, piece: Piece) -> bool:
+        """Return whether another rank updates all of the parameter of ``piece``; one without elements is its writer's.
+
+        The optimizer here gets no gradient of it, and state would never move.
+        """
+        if not (self.divides and self.inputs.whole_tensors) or piece.chunk.length:
+            return False
+        import torch.distributed as dist
+
+        return piece.writer != dist.get_rank(self.inputs.group)
+
     @abstractmethod
     def begin_backward(self, *, reduce: bool) -> None:
         """Called before autograd runs; ``reduce`` is True for the backward that ends an accumulation window.

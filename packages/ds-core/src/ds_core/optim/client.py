@@ -35,7 +35,7 @@ def take_over(optimizer: torch.optim.Optimizer, partition: Partition) -> None:
     for key, value in optimizer.state.items():
         if not isinstance(key, torch.Tensor):
             state[key] = value  # of no parameter
-        elif key in piece_of and not _is_elsewhere(piece_of[key], partition):
+        elif key in piece_of and not partition.is_elsewhere(piece_of[key]):
             piece = piece_of[key]
             if partition.divides and not partition.inputs.whole_tensors:
                 _check_can_be_cut(piece, value, of_whole)
@@ -76,11 +76,6 @@ def _of_whole(state: Mapping[Any, Any]) -> set[str]:
         for slot, value in of_param.items()
         if isinstance(value, torch.Tensor) and value.shape != param.shape
     )
-
-
-def _is_elsewhere(piece: Piece, partition: Partition) -> bool:
-    """Return whether another rank updates all of the parameter, so that state here would never move."""
-    return partition.inputs.whole_tensors and not piece.chunk.length and piece.of.numel > 0
 
 
 def _is_per_element(piece: Piece, slot: str, value: Any, of_whole: set[str]) -> bool:
