@@ -78,11 +78,17 @@ def unused_parameters() -> None:
         with pytest.raises(EngineError) as caught:
             engine.step()
         assert "2 parameters got no gradient on any rank in this step: 'c.weight', 'c.bias'" in str(caught.value)
+        assert "call engine.zero_grad()" in caught.value.fix
         engine.zero_grad()
-        engine.backward(engine(torch.ones(2, 3), "abc"))
-        engine.step()
+        twin = start(stage=stage)
+        twin.module.load_state_dict(engine.module.state_dict())
+        for each in (engine, twin):
+            each.backward(each(torch.ones(2, 3), "abc"))
+            each.step()
         assert engine.global_steps == 2
+        assert all(map(torch.equal, engine.module.parameters(), twin.module.parameters())), "nothing was added"
         engine.destroy()
+        twin.destroy()
 
 
 def windows_of_another_division(folder: Path) -> None:

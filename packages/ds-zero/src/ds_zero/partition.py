@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ZeroStage1", "ZeroStage2"]
 
-DEFAULT_BUCKET_BYTES = 25 * 2**20
+MOST_BUCKET_BYTES, LEAST_BUCKET_BYTES = 25 * 2**20, 2**20
+"""Of a bucket, where the configuration does not say. Larger ones are no faster, smaller ones cost a message each."""
+BUCKETS_OF_A_SMALL_MODEL = 8
+"""A model whose gradients are less than so many of the largest buckets has smaller ones, where a few buckets have
+memory at a time: else they would be all of its gradients."""
 
 
 class _Stage12(Partition):
@@ -97,11 +101,15 @@ class _Stage12(Partition):
         """Return the parameters of each bucket, in the order in which backward fills them."""
         dtypes = self.inputs.dtypes
         section = self.inputs.config.zero_optimization
-        given = "reduce_bucket_numel" in section.model_fields_set
-        itemsize = max((dtypes[param].reduce.itemsize for param in ordered), default=4)
-        bucket_bytes = section.reduce_bucket_numel * itemsize if given else DEFAULT_BUCKET_BYTES
+        sizes = [param.numel() * dtypes[param].reduce.itemsize for param in ordered]
+        bucket_bytes = MOST_BUCKET_BYTES
+        if "reduce_bucket_numel" in section.model_fields_set:
+            itemsize = max((dtypes[param].reduce.itemsize for param in ordered), default=4)
+            bucket_bytes = section.reduce_bucket_numel * itemsize
+        elif self.every_backward and not self.inputs.whole_tensors:
+            bucket_bytes = min(MOST_BUCKET_BYTES, max(LEAST_BUCKET_BYTES, sum(sizes) // BUCKETS_OF_A_SMALL_MODEL))
         plan = plan_buckets(
-            [param.numel() * dtypes[param].reduce.itemsize for param in ordered],
+            sizes,
             [(dtypes[param], param.device) for param in ordered],
             max(1, bucket_bytes),
             max(1, bucket_bytes // 25),
@@ -182,7 +190,7 @@ class _Stage12(Partition):
                 f"{len(unused)} parameters got no gradient on any rank in this step: {few(unused)}",
                 where="step, with zero_optimization.ignore_unused_parameters false",
                 fix="use them in every step, freeze them with requires_grad_(False) before initialize, or leave the "
-                "key out",
+                "key out; to go on without this step call engine.zero_grad(), its gradients are still there",
             )
 
     def reduced_gradient(self, param: nn.Parameter) -> Tensor | None:
