@@ -97,3 +97,17 @@ def test_a_refresh_finds_writes_that_torch_does_not_count(module):
     found.refresh()
     assert found.shards[module.weight].updated.tolist() == [0.25] * 6
     assert torch.equal(found.shards[module.bias].updated, bias)
+
+
+def test_a_nan_costs_no_other_element_its_digits(module):
+    found = weights(module, MASTERS)
+    given = found.shards[module.weight].updated.detach().clone()
+    with torch.no_grad():
+        module.weight[0, 1] = float("nan")
+        module.weight[1, 0] = 0.5
+    for follow in (found.follow_writes, found.refresh):
+        follow()
+        now = found.shards[module.weight].updated.detach()
+        assert now[1].isnan()
+        assert now[3] == 0.5
+        assert torch.equal(now[[0, 2, 4, 5]], given[[0, 2, 4, 5]])

@@ -167,3 +167,16 @@ def test_gradients_the_optimizer_could_not_read_are_refused():
     )
     module[1].requires_grad_(False)
     PrecisionPlan(accumulate=torch.float32).dtypes_of(module)
+
+
+def test_a_nan_costs_no_other_element_its_digits():
+    module = nn.Linear(3, 1)
+    masters = stored(module, plan_of(torch.bfloat16))
+    given = masters.of(module.weight).detach().clone()
+    with torch.no_grad():
+        module.weight[0, 1] = float("nan")
+    masters.refresh()
+    master = masters.of(module.weight).detach()
+    assert master[0, 1].isnan()
+    assert torch.equal(master[0, [0, 2]], given[0, [0, 2]])
+    assert not torch.equal(given[0, [0, 2]], module.weight[0, [0, 2]].float()), "digits that the weight does not have"

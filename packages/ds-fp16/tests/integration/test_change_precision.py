@@ -634,3 +634,14 @@ def test_its_next_step_is_that_of_plain_pytorch_on_masters():
     mine = full_weights(everything(engine))
     for name in ("inner.weight", "inner.bias", "outer.weight", "outer.bias"):
         assert torch.equal(mine[name], masters[name]), name
+
+
+@pytest.mark.parametrize("changed", [0.0, 0.5, float("nan")])
+def test_a_state_dict_has_its_digits_also_where_the_weights_were_the_same(changed):
+    engine = build("bf16")
+    given = torch.full((1, 13), 1 / 3)
+    engine.load_module_state_dict({"module": {"outer.weight": given}}, strict=False)
+    given = given + 2**-14  # the same in bf16
+    given[0, 5] += changed
+    engine.load_module_state_dict({"module": {"outer.weight": given}}, strict=False)
+    torch.testing.assert_close(everything(engine)["master outer.weight"], given, rtol=0, atol=0, equal_nan=True)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.graph import increment_version
 
+from ds_core.partition.stored import follow_weight
 from ds_zero.collectives import all_gather
 
 if TYPE_CHECKING:
@@ -128,16 +129,13 @@ class ShardedWeights:
         self.note_versions()
 
     def refresh(self) -> None:
-        """Copy every parameter that is not its master, cast, into its master."""
+        """Let every master follow its part of the parameter, see :func:`ds_core.partition.stored.follow_weight`."""
         self._refresh(self._with_master())
         self.note_versions()
 
-    @torch.no_grad()
     def _refresh(self, shards: Iterator[Shard]) -> None:
         for shard in shards:
-            updated = shard.updated.detach().view(-1)
-            if not torch.equal(shard.weight, updated.to(shard.weight.dtype)):
-                updated.copy_(shard.weight)
+            follow_weight(shard.updated.detach().view(-1), shard.weight)
 
     def drop_gradients(self) -> None:
         """Let the gradients of what the optimizer updates go."""

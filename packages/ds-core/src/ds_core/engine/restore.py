@@ -302,8 +302,8 @@ def load_weights(engine: EngineFace, weights: Mapping[str, Any], strict: bool) -
             continue
         value = _part(given[name], piece.chunk).to(piece.data).view_as(piece.data)
         # Not where the module made something else of what it was given.
-        if torch.equal(value.to(stored[name]).to(value.dtype), piece.data):
-            piece.data.copy_(value)
+        is_given = value.to(stored[name]) == piece.data.to(stored[name])
+        piece.data.copy_(torch.where(is_given, value, piece.data))
 
 
 def _part(full: torch.Tensor, chunk: Chunk) -> torch.Tensor:

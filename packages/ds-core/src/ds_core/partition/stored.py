@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ds_core.interfaces.precision import ParameterDtypes, PrecisionPlan
 
-__all__ = ["Masters", "cast_stored", "stored_pieces"]
+__all__ = ["Masters", "cast_stored", "follow_weight", "stored_pieces", "trainable_but_not_optimized"]
 
 
 class Masters:
@@ -97,18 +97,28 @@ class Masters:
             self.note_versions()
 
     def refresh(self) -> None:
-        """Copy every parameter that is not its master, cast, into its master.
-
-        One that is was not written to, and the master keeps the digits that the parameter does not have.
-        """
+        """Let every master follow its parameter, see :func:`follow_weight`."""
         self._refresh(self.items())
         self.note_versions()
 
-    @torch.no_grad()
     def _refresh(self, pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
         for param, master in pairs:
-            if not torch.equal(param, master.to(param.dtype)):
-                master.copy_(param)
+            follow_weight(master, param)
+
+
+@torch.no_grad()
+def follow_weight(master: Tensor, weight: Tensor) -> None:
+    """Copy the elements of ``weight`` that are not those of ``master``, cast, into ``master``.
+
+    The others were not written to, and keep the digits that the weight does not have. By element, so that it does not
+    depend on how a parameter is divided, and NaN in one costs no other its digits.
+
+    >>> master = torch.tensor([1.0001, 2.0001])
+    >>> follow_weight(master, torch.tensor([1.0, float("nan")], dtype=torch.bfloat16))
+    >>> master
+    tensor([1.0001,    nan])
+    """
+    master.copy_(torch.where(weight == master.to(weight.dtype), master, weight))
 
 
 @torch.no_grad()
@@ -130,6 +140,12 @@ def cast_stored(module: nn.Module, dtypes: Mapping[nn.Parameter, ParameterDtypes
                 if buffer not in cast:
                     cast[buffer] = buffer.to(plan.buffer)
                 setattr(submodule, name, cast[buffer])
+
+
+def trainable_but_not_optimized(module: nn.Module, optimized: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return the parameters of ``module`` that autograd gives gradients that no optimizer takes."""
+    known = set(optimized)
+    return [param for param in module.parameters() if param.requires_grad and param not in known]
 
 
 def stored_pieces(module: nn.Module, world_size: int, masters: Masters | None = None) -> Iterable[Piece]:
