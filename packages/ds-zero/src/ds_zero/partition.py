@@ -15,7 +15,7 @@ from ds_core.ops import best
 from ds_core.partition.arithmetic import plan_buckets
 from ds_core.partition.changes import ModelWatch
 from ds_core.partition.division import division_of
-from ds_core.partition.stored import cast_stored, stored_pieces
+from ds_core.partition.stored import cast_stored, stored_pieces, trainable_but_not_optimized
 from ds_zero.gradients import ShardBucket, ShardedGradients
 from ds_zero.layout import cut, whole_each
 from ds_zero.weights import ShardedWeights
@@ -67,7 +67,7 @@ class _Stage12(Partition):
         self._sum_of_squares = best("sum_of_squares", inputs.device).implementation
         self._params = [param for each in inputs.param_groups for param in each["params"]]
         known = set(self._params)
-        self._outside = [param for param in inputs.module.parameters() if param.requires_grad and param not in known]
+        self._outside = trainable_but_not_optimized(inputs.module, self._params)
         planned = self._plan([param for param in reversed(list(inputs.names)) if param in known])
         numels = [[param.numel() for param in params] for params in planned]
         cut_each = [cut(of_bucket, self._world_size) for of_bucket in numels]

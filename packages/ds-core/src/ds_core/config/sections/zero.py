@@ -171,7 +171,7 @@ class ZeroSection(Section):
     reduce_scatter: Annotated[bool, ALWAYS_SCATTERED] = True
     """Reduce-scatter gradients instead of all-reducing them, which is what always happens."""
     reduce_bucket_numel: Count = key("reduce_bucket_size", default=500_000_000)
-    """Elements of gradient reduced at once, and of weights gathered; where the key is not given, 25 MiB of them."""
+    """Elements of gradient reduced at once, and of weights gathered; where the key is not given, up to 25 MiB."""
     use_multi_rank_bucket_allreduce: Annotated[bool, ALWAYS_SCATTERED] = True
     """One bucket may hold gradients of several owners: here each belongs to all ranks (stages 1 and 2)."""
     allgather_partitions: Annotated[bool, ALWAYS_GATHERED] = True
