@@ -75,6 +75,11 @@ def groups_to_train(module: nn.Module, optimizer: Any, model_parameters: Iterabl
 
 
 def check_strangers(groups: Sequence[Mapping[str, Any]], module: nn.Module) -> None:
+    """Check that what ``groups`` train is of ``module``: what it does not compute with gets no gradient.
+
+    Raises:
+        ConfigError: some are not.
+    """
     own = set(module.parameters())
     strangers = sum(param not in own for group in groups for param in group["params"])
     if strangers:

@@ -11,7 +11,7 @@ from ds_core.ops import best
 from ds_core.partition.buckets import Bucketer
 from ds_core.partition.changes import ModelWatch
 from ds_core.partition.division import division_of
-from ds_core.partition.stored import Masters, cast_stored, stored_pieces
+from ds_core.partition.stored import Masters, cast_stored, stored_pieces, trainable_but_not_optimized
 from ds_core.partition.window import LocalGradients
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class ReplicatedPartition(Partition):
         self._division = division_of(inputs.config, self._world_size)
         self._sum_of_squares = best("sum_of_squares", inputs.device).implementation
         self._params = [param for group in inputs.param_groups for param in group["params"]]
-        self._outside = _trainable_but_not_optimized(inputs.module, self._params)
+        self._outside = trainable_but_not_optimized(inputs.module, self._params)
         self._masters = Masters(self._params, inputs.dtypes)
         cast_stored(inputs.module, inputs.dtypes, inputs.plan)
         self._masters.note_versions()
@@ -182,11 +182,6 @@ class ReplicatedPartition(Partition):
     def destroy(self) -> None:
         self._gradients.detach()
         self._masters.drop_gradients()
-
-
-def _trainable_but_not_optimized(module: nn.Module, optimized: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    known = set(optimized)
-    return [param for param in module.parameters() if param.requires_grad and param not in known]
 
 
 def _in_model_order(params: Sequence[nn.Parameter], names: Mapping[nn.Parameter, str]) -> list[nn.Parameter]:
