@@ -296,6 +296,7 @@ def test_a_rank_that_ends_ends_all(stage, place, tmp_path):
 
 def one_rank_stays_away(stage: int) -> tuple[str, str]:
     """Rank 1 raises and lives on; the others are ended by the timeout of the group."""
+    torch.distributed.barrier()  # else a rank that is ahead meets one that still has the old group
     comm.destroy_process_group()
     # Long enough for ranks of a busy machine to find each other.
     ds_core.init_distributed(timeout=timedelta(seconds=8))
@@ -461,7 +462,7 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     *((ranks_that_differ, (stage,)) for stage in STAGES),
     *((changed, (stage, change, ranks)) for stage in STAGES for change in CHANGES for ranks in ((0, 1), (1,))),
     *((function, (stage,)) for stage in STAGES for function in (cast_inside_a_window, undone, wrong_order)),
-    *((function, (stage,)) for stage in STAGES for function in (one_rank_stays_away, all_empty, forward_only)),
+    *((function, (stage,)) for stage in STAGES for function in (all_empty, forward_only)),
     *((function, (stage,)) for stage in STAGES for function in (user_hooks, zero_grad_inside_a_window, eval_between)),
     *((all_raise_before_anything_is_sent, (stage,)) for stage in STAGES),
     (one_rank_forgets, (2,)),
@@ -515,8 +516,8 @@ def test_a_change_that_was_undone_leaves_no_trace(results, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_timeout_of_the_group_ends_who_waits(results, stage):
-    (first, cleared), (second, cleared_there) = results[one_rank_stays_away, stage]
+def test_the_timeout_of_the_group_ends_who_waits(stage):
+    [((first, cleared), (second, cleared_there))] = run_ranks([partial(one_rank_stays_away, stage)], 2, timeout_s=60)
     assert first.startswith("CommError: the gradients could not be summed over the ranks")
     assert second == "ValueError: broken on purpose"
     assert "the ranks are no longer in step" in cleared
