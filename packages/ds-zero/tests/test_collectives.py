@@ -50,6 +50,20 @@ def both(backend: str) -> tuple[list[str], list[str]]:
     return wrong, sorted({each.name for each in seen.records})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("numel", [0, 1, collectives.SUMMED_AT_ONCE, 2 * collectives.SUMMED_AT_ONCE + 3])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_sum_is_rounded_once(dtype: torch.dtype, numel: int, count: int, *, in_place: bool) -> None:
+    generator = torch.Generator().manual_seed(count)
+    terms = [torch.randn(numel, generator=generator).to(dtype) for _ in range(count)]
+    # One term after the other in fp32: with two, torch's own sum in their dtype rounds once, too.
+    expected = sum(term.float() for term in terms).to(dtype)
+    into = terms[0] if in_place else torch.full((numel,), torch.nan, dtype=dtype)
+    collectives.add_up(terms, into)
+    assert torch.equal(into, expected)
+
+
 def received_on_a_gpu() -> int:
     """Return how much is received of a segment of 5 elements in the memory of a GPU, where gloo moves that."""
     with mock.patch.object(collectives, "backend_of", return_value="gloo"):

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
     from torch.distributed import ProcessGroup, Work
 
@@ -34,6 +36,8 @@ __all__ = [
     "reduce_scatter",
 ]
 
+SUMMED_AT_ONCE = 2**15
+"""Elements: 128 KiB in fp32."""
 SEGMENTS = "isend and irecv of segments"
 """Each rank sends each other rank the segment that it needs; what is to be summed, it sums itself."""
 
@@ -136,20 +140,31 @@ class _Exchanged(ReduceScatter):
         return self
 
     def sum_into(self, shard: Tensor, *, add: bool) -> None:
-        first, *rest = [shard, self.own, *self._parts] if add else [self.own, *self._parts]
-        if shard.dtype.itemsize < 4 and len(rest) > 1:
-            # Sixteen bits: summed in fp32 and rounded once, instead of once per rank.
-            total = first.to(torch.float32)
-            for part in rest:
-                total += part
-            shard.copy_(total)
-            return
-        if rest and shard.dtype == first.dtype:
-            torch.add(first, rest.pop(0), out=shard)
-        elif shard is not first:
-            shard.copy_(first)
-        for part in rest:
-            shard += part
+        add_up([shard, self.own, *self._parts] if add else [self.own, *self._parts], shard)
+
+
+def add_up(terms: Sequence[Tensor], into: Tensor) -> None:
+    """Write the sum of ``terms`` to ``into``: all flat, of one length; ``into`` may be the first of them, in memory.
+
+    Sums of three terms and more in sixteen bits are rounded once, instead of once per term.
+    """
+    first, *rest = terms
+    if all(term.dtype == into.dtype for term in terms) and (into.dtype.itemsize >= 4 or len(rest) < 2):
+        if rest:
+            torch.add(first, rest.pop(0), out=into)
+        else:
+            into.copy_(first)
+        for term in rest:
+            into += term
+        return
+    # A piece at a time: what is cast stays in the processor's cache.
+    wide = torch.promote_types(into.dtype, torch.float32)
+    for at in range(0, into.numel(), SUMMED_AT_ONCE):
+        piece = slice(at, at + SUMMED_AT_ONCE)
+        total = first[piece].to(wide, copy=True)
+        for term in rest:
+            total += term[piece]
+        into[piece] = total
 
 
 class _Transfers:
