@@ -300,15 +300,16 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
             except RuntimeError as error:
                 raise self._lost(self.buckets[-1], error) from error
             self._message_work = None
-            self._used = used = self._flags.tolist()
+            # On a GPU the host waits here, once.
+            told = self._message[: len(self._flags) + len(self._counts)].tolist()
+            self._used = used = told[: len(self._flags)]
             if max(used, default=0) >= CHANGED:
                 at = next(place for place, flag in enumerate(used) if flag >= CHANGED)
                 self.refuse_change([param for bucket in self.buckets for param in bucket.params][at])
-            self._check_counts()
+            self._check_counts(told[len(self._flags) :])
 
-    def _check_counts(self) -> None:
+    def _check_counts(self, counts: Sequence[int]) -> None:
         """Refuse a window of which some ranks have dropped more than others: their shards are of different sums."""
-        counts = self._counts.tolist()
         if len(set(counts)) > 1:
             self._aborted, self.is_reduced = True, False
             listing = ", ".join(f"rank {rank} {count}" for rank, count in enumerate(counts))
