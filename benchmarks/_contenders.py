@@ -237,15 +237,18 @@ class DdpLoop(PlainLoop):
         *,
         gradient_as_bucket_view: bool,
         masters: bool = False,
+        every_backward: bool = False,
     ) -> None:
+        """``every_backward``: reduce in each backward, not only in the last of an accumulation window."""
         # First: it may cast the module, and DDP makes its buckets of what it is given.
         super().__init__(module, recipe, batches, masters=masters)
         self._module = self._ddp = DistributedDataParallel(module, gradient_as_bucket_view=gradient_as_bucket_view)
         if recipe.compute is not None and not masters:
             self._ddp.register_comm_hook(None, _SEND_IN[recipe.compute])
+        self._every_backward = every_backward
 
     def _micro_step(self, inputs: Tensor, targets: Tensor, *, is_last: bool) -> Tensor:
-        with nullcontext() if is_last else self._ddp.no_sync():
+        with nullcontext() if is_last or self._every_backward else self._ddp.no_sync():
             return super()._micro_step(inputs, targets, is_last=is_last)
 
 

@@ -5,7 +5,8 @@ step; their losses must agree. Without a GPU two gloo ranks of one core each are
 
 DDP has the same dtypes: with ``--dtype bf16`` and ``fp16`` both store the model and send gradients in that dtype and
 update fp32 masters, of which DDP has all and ours its share. DeepSpeed runs the same stage with its defaults.
-``fully_shard`` is asked for by ``--peer``, for information: it stores fp32 shards, and computes in bf16.
+Asked for by ``--peer``, for information: ``DDP in every backward`` reduces as often as stage 2 does where gradients are
+accumulated, which is what stage 2 pays for its memory; ``fully_shard`` stores fp32 shards, and computes in bf16.
 
     python benchmarks/zero.py --model 14m
     python benchmarks/zero.py --model 85m --dtype bf16 --stage 2 --peer DDP fully_shard
@@ -46,12 +47,24 @@ if TYPE_CHECKING:
     from _steps import Build
 
 STAGES = (1, 2)
-BARS = {"DDP": Bar(1.0), "DDP bucket view": Bar(1.0), "DeepSpeed": Bar(0.9), "fully_shard": None}
+EVERY_BACKWARD = "DDP in every backward"
+BARS = {
+    "DDP": Bar(1.0),
+    "DDP bucket view": Bar(1.0),
+    EVERY_BACKWARD: None,
+    "DeepSpeed": Bar(0.9),
+    "fully_shard": None,
+}
 """What the ratio of step times to each peer may be; None: for information. Memory is for information: what a rank must
 hold by the formulas is asserted in the tests."""
 DDP = {
-    (name, masters): partial(DdpLoop, gradient_as_bucket_view=name == "DDP bucket view", masters=masters)
-    for name in ("DDP", "DDP bucket view")
+    (name, masters): partial(
+        DdpLoop,
+        gradient_as_bucket_view=name == "DDP bucket view",
+        masters=masters,
+        every_backward=name == EVERY_BACKWARD,
+    )
+    for name in ("DDP", "DDP bucket view", EVERY_BACKWARD)
     for masters in (False, True)
 }
 DEEPSPEED = {stage: partial(DeepSpeed, stage=stage) for stage in STAGES}
