@@ -125,3 +125,30 @@ def test_a_checkpoint_that_could_not_be_completed_is_no_good_end():
     assert done.stdout == "the script has ended\n"
     assert "the disk is full" in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+MANY = """
+import atexit, gc
+import ds_core
+
+collections = []
+count = lambda phase, info: phase == "stop" and info["generation"] == 2 and collections.append(1)
+# Registered before ours, so it runs after it.
+atexit.register(lambda: print(len(collections)))
+for _ in range(20):
+    ds_core.init_distributed(verbose=False)
+    ds_core.comm.destroy_process_group()
+ds_core.init_distributed(verbose=False)
+collections.clear()
+gc.collect()
+gc.callbacks.append(count)
+"""
+
+
+def test_the_end_comes_once_however_many_groups_there_were():
+    """Each collection of a large process takes a second."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-c", MANY], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert int(done.stdout) <= 2

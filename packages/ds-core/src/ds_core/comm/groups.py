@@ -115,7 +115,7 @@ def init_distributed(
         )
     else:
         dist.init_process_group(backend, store=HashStore(), timeout=timeout, rank=0, world_size=1)
-    atexit.register(_leave_in_order)
+    _leave_at_exit()
     if verbose and dist.get_rank() == 0 and dist.get_world_size() > 1:
         logger.info("%d ranks, backend %s", dist.get_world_size(), backend)
 
@@ -162,6 +162,12 @@ def leave_collectives_alone() -> None:
     global _left_alone
     _left_alone = True
     # Also where the caller made the process group, and we had no reason to be there at the end.
+    _leave_at_exit()
+
+
+def _leave_at_exit() -> None:
+    """Have :func:`_leave_in_order` called at the end: once, however many groups there were, and before others."""
+    atexit.unregister(_leave_in_order)
     atexit.register(_leave_in_order)
 
 
