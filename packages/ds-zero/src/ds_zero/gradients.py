@@ -4,8 +4,8 @@ Stage 1 sends in the backward that ends a window. Until then every bucket stays,
 was summed then takes the place of this rank's segment there.
 
 Stage 2 sends in every backward. A bucket has memory from its first gradient until its collective is done; then the room
-goes to the next bucket, so that only a few have memory at a time. What stays is the shard: this rank's segment of the
-sum, to which later backwards of the window add theirs.
+goes to the next bucket, so that only a few have memory at a time; the last few travel during the next forward. What
+stays is the shard: this rank's segment of the sum, to which later backwards of the window add theirs.
 
 Note: waiting inside backward. Memory for a few buckets means that a rank waits, from a hook, for the others to send
 what it sent. Where a rank did not use a parameter it sends at the end of its backward; so a model whose own backward
@@ -189,6 +189,12 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
         self._at_boundary = reduce
         super().begin(reduce=reduce or self._every_backward, change=change)
         self._ends_window = reduce
+
+    def end(self) -> None:
+        super().end()
+        for bucket in self.buckets:
+            if bucket.work is not None:
+                bucket.hide()
 
     def reopen(self) -> None:
         if self._used is None:
@@ -377,6 +383,7 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
         """
         seen: list[int] = []
         if self._every_backward:
+            self._finish()
             everywhere = torch.tensor(list(self._seen), dtype=torch.int32, device=self._message.device)
             dist.all_reduce(everywhere, group=self._group)
             seen = everywhere.tolist()
@@ -428,6 +435,7 @@ class ShardedGradients(OrderedBuckets[ShardBucket]):
                     )
 
     def detach(self) -> None:
+        self._finish()
         for bucket in self.buckets:
             # The partition that knows the bucket may live on. What a collective still reads stays.
             if bucket.work is None:

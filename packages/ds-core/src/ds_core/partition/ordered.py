@@ -183,10 +183,13 @@ class OrderedBuckets(GradientWindow, Generic[BucketT]):
 
     def end(self) -> None:
         super().end()
-        if self._sending:
+        if self._sending and self._ends_window:
             # Waiting here, not in the step, costs nothing: there is no backward left to overlap with, and the caller
             # may read gradients between the two. On a GPU only the stream waits.
             self.wait()
+        elif self._sending:
+            # Nobody reads these before the next backward: they travel during its forward.
+            self._send_rest()
 
     def abort(self) -> None:
         super().abort()
@@ -235,9 +238,12 @@ class OrderedBuckets(GradientWindow, Generic[BucketT]):
         bucket.work = None
         self.receive(bucket, result)
 
-    def wait(self) -> None:
+    def _send_rest(self) -> None:
         while self._started < len(self.buckets):
             self._send_next()
+
+    def wait(self) -> None:
+        self._send_rest()
         for bucket in self.buckets:
             self.take(bucket)
 
@@ -250,6 +256,11 @@ class OrderedBuckets(GradientWindow, Generic[BucketT]):
             fix="another rank has ended or does something else; its own error, printed by the launcher, says why",
         )
 
+    def _finish(self) -> None:
+        """Wait for what was sent, if anything was."""
+        if self._started and not self._aborted:
+            self.wait()
+
     def clear(self) -> None:
         if self._out_of_step:
             raise EngineError(
@@ -257,8 +268,7 @@ class OrderedBuckets(GradientWindow, Generic[BucketT]):
                 where="zero_grad",
                 fix="end this process and start the job again from its last checkpoint",
             )
-        if self._started and not self._aborted:
-            self.wait()
+        self._finish()
         self._aborted = self.is_reduced = False
         self._change = None
         self._started = 0
