@@ -110,7 +110,7 @@ def find(seam: str, name: str, *, needed_by: str | None = None, others: tuple[st
             raise MissingPackageError(
                 f'"{needed_by or f"{seam} {name}"}" comes with a later release of {package}, installed is {version}',
                 where=f"installed 'ds_core.{seam}' plugins: {_listing(seam)}",
-                fix=f"pip install --upgrade {package}, once there is one; until then remove it",
+                fix=f"pip install --upgrade {package}, once there is one; until then choose one that is installed",
             )
         raise MissingPackageError(
             f'"{needed_by or f"{seam} {name}"}" needs {package}: pip install {package}',
