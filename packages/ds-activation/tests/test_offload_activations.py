@@ -223,6 +223,28 @@ def test_an_input_that_a_wrapper_passes_on_as_another_tensor_is_marked() -> None
     assert (context.stats.marked_tensors, context.stats.offloaded_tensors) == (1, 1)
 
 
+def test_a_mark_is_for_one_saving_inside_of_its_call() -> None:
+    layer, hidden = stack()[0], torch.ones(64, WIDTH, requires_grad=True)
+    with offload(keep_last_count=0) as context:
+        layer(hidden, hidden)  # the same tensor is the mask
+        assert context.stats.marked_tensors == 1
+        with context.marking(hidden):
+            pass
+        (hidden * hidden).sum().backward()
+    assert context.stats.marked_tensors == 1
+
+
+def test_nothing_is_held_after_the_context() -> None:
+    device = FakeDevice()
+    hidden = device.tensor(torch.ones(64, WIDTH)).requires_grad_()
+    with offload(device, keep_last_count=0) as context:
+        stack()[0](hidden)
+        del hidden
+        assert len(device._blocks) == 1  # its copy has only begun
+    assert device._blocks == {}
+    assert context.stats.offloaded_tensors == 1
+
+
 def test_the_innermost_context_takes_them() -> None:
     layers = stack()
     with offload() as outer, offload() as inner:
