@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import importlib.util
 import logging
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,8 +22,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError, CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ds_activation import call as call_module
+from ds_activation import kept
 from ds_activation import settings as settings_module
 from ds_activation.call import checkpoint, non_reentrant_checkpoint, run, shaped_checkpoint
+from ds_activation.host_copies import HostCopies
 from ds_activation.rng import get_cuda_rng_tracker
 from ds_activation.settings import Settings
 from ds_core.accelerator import set_accelerator
@@ -31,6 +36,7 @@ from ds_core.testing.activation import ActivationContract
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import ModuleType
 
 WIDTH = 8
 
@@ -55,13 +61,39 @@ MODES: dict[str, Callable[[], Settings]] = {
     "contiguous": lambda: Settings(
         partition_activations=True, contiguous_memory_optimization=True, number_checkpoints=2, mpu=OneRank()
     ),
+    "host": lambda: Settings(cpu_checkpointing=True),
     "watched": lambda: Settings(synchronize_checkpoint_boundary=True, profile=True, cpu_checkpointing=True),
 }
 
 
 @pytest.fixture(params=MODES)
-def mode(request: pytest.FixtureRequest) -> Settings:
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    if request.param == "host":
+        # As on a GPU: each input leaves, on a stream that is behind until it is waited for.
+        copies = HostCopies(keep_last=0, driver=_module("fake_device").FakeDevice())
+        monkeypatch.setattr(kept, "host_copies", lambda device: copies)
     return MODES[request.param]()
+
+
+def _module(name: str) -> ModuleType:
+    """Return the module of that name beside this one."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_inputs_leave_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = _module("fake_device").FakeDevice()
+    copies = HostCopies(keep_last=0, driver=device)
+    monkeypatch.setattr(kept, "host_copies", lambda device: copies)
+    x = torch.ones(4, requires_grad=True)
+    out = run(lambda h, mask: h.exp().exp() * mask, (x * 2, torch.ones(4) > 0), {}, Settings(cpu_checkpointing=True))
+    assert device.log == ["to host"], "the mask stays"
+    out.sum().backward()
+    assert copies.stats.restored_bytes == copies.stats.offloaded_bytes == 16
 
 
 @pytest.fixture(autouse=True)
@@ -589,3 +621,17 @@ def test_inside_of_a_compiled_region_the_call_is_torchs() -> None:
         assert a is not None
         assert b is not None
         torch.testing.assert_close(a, b)
+
+
+def test_the_random_state_of_a_device_is_kept_where_only_the_function_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps the states of its arguments' devices; meta stands for one here."""
+    device = SimpleNamespace(_initialized=True)
+    monkeypatch.setattr(call_module, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "meta"))
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: device)
+    on_host, on_device = torch.ones(2), torch.ones(2, device="meta")
+    (anchor,) = call_module._anchor([on_host, None])
+    assert anchor.device.type == "meta"
+    assert anchor.numel() == 0
+    assert call_module._anchor([on_host, on_device]) == []
+    device._initialized = False
+    assert call_module._anchor([on_host]) == [], "it is not started for this"

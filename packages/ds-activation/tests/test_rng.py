@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from ds_activation import rng
 from ds_activation.rng import (
     MODEL_PARALLEL,
     CudaRNGStatesTracker,
@@ -115,3 +117,33 @@ def test_states_of_the_device() -> None:
     assert torch.equal(torch.rand(3), drawn(4))
     seed_device(9)
     assert torch.equal(torch.rand(3), drawn(9))
+
+
+class Device:
+    """A device with a generator of its own."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator()
+        self.get_rng_state = self.generator.get_state
+        self.manual_seed = self.generator.manual_seed
+        self.set_on: list[object] = []
+
+    def set_rng_state(self, state: torch.Tensor, *device: object) -> None:
+        self.set_on += device
+        self.generator.set_state(state)
+
+
+def test_a_device_that_is_no_cpu_has_its_own_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    monkeypatch.setattr(rng, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "fake"))
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: device)
+    torch.manual_seed(1)
+    seed_device(2)
+    tracker = CudaRNGStatesTracker()
+    tracker.add("a", 5)
+    with tracker.fork("a"):
+        assert torch.equal(torch.rand(3, generator=device.generator), drawn(5))
+    assert torch.equal(torch.rand(3, generator=device.generator), drawn(2))
+    assert torch.equal(torch.rand(3), drawn(1)), "the host's is untouched"
+    set_device_state(seeded_state(7), "fake:1")
+    assert device.set_on == ["fake:1"]

@@ -166,3 +166,18 @@ def test_reset_makes_place_in_the_buffers() -> None:
     # What was in the old buffers is not lost.
     torch.testing.assert_close(x.grad, torch.ones(2).exp() + 2 * torch.full((2,), 2.0).exp())
     assert run(torch.exp, (x,), {}, current()).requires_grad, "free again after its backward"
+
+
+def test_the_rest_of_a_configuration_is_not_looked_at() -> None:
+    configure(None, {"fp16": {"enabld": True}, **section(cpu_checkpointing=True)})
+    assert current() == Settings(cpu_checkpointing=True)
+
+
+def test_compatibility_mode_drops_unknown_keys(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DS_CONFIG_COMPATIBLE", "1")
+    with caplog.at_level(logging.WARNING, log.logger.name):
+        configure(None, section(partitioned_activations=True, cpu_checkpointing=True))
+    assert "partitioned_activations" in caplog.text
+    assert current() == Settings(cpu_checkpointing=True)

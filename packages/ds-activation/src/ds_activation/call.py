@@ -262,5 +262,5 @@ def _anchor(leaves: list[Any]) -> list[Tensor]:
     kind = get_accelerator().device_name()
     if kind == "cpu" or any(isinstance(leaf, Tensor) and leaf.device.type != "cpu" for leaf in leaves):
         return []
-    # Not where the device was never used: this would start it.
-    return [torch.empty(0, device=kind)] if torch.get_device_module(kind).is_initialized() else []
+    # Not where the device was never used: this would start it. By this name torch asks, too.
+    return [torch.empty(0, device=kind)] if getattr(torch.get_device_module(kind), "_initialized", False) else []

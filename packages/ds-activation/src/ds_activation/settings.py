@@ -15,8 +15,8 @@ from ds_activation.kept import Buffers, Keeping
 from ds_activation.model_parallel import ALONE, place_in, refuse_no_mpu
 from ds_core import log
 from ds_core.accelerator import get_accelerator
-from ds_core.config.problems import placed, raise_problems, validate
-from ds_core.config.reading import Document, read
+from ds_core.config import examine
+from ds_core.config.problems import raise_problems, validate
 from ds_core.config.sections.activation import ActivationCheckpointingSection
 from ds_core.errors import ConfigError
 
@@ -119,7 +119,7 @@ def in_force(settings: Settings) -> Iterator[None]:
 
 def configure(
     mpu_: Any,
-    deepspeed_config: Source | Document | None = None,
+    deepspeed_config: Source | None = None,
     partition_activations: bool | None = None,
     contiguous_checkpointing: bool | None = None,
     num_checkpoints: int | None = None,
@@ -146,7 +146,6 @@ def configure(
         ConfigError: what is wrong.
     """
     global _configured, _is_configured
-    document = read({} if deepspeed_config is None else deepspeed_config)
     arguments = {
         "partition_activations": partition_activations,
         "contiguous_memory_optimization": contiguous_checkpointing,
@@ -155,7 +154,7 @@ def configure(
         "synchronize_checkpoint_boundary": synchronize,
         "profile": profile,
     }
-    section = _section(document, {key: value for key, value in arguments.items() if value is not None})
+    section = _section(deepspeed_config, {key: value for key, value in arguments.items() if value is not None})
     settings = Settings.from_section(section, _configured.mpu if mpu_ is None else mpu_)
     if settings.mpu is not None:
         refuse_no_mpu(settings.mpu)
@@ -170,15 +169,18 @@ def configure(
     log.log_dist("activation checkpointing: " + ", ".join(f"{name}={getattr(settings, name)}" for name in _FLAGS))
 
 
-def _section(document: Document, arguments: dict[str, Any]) -> ActivationCheckpointingSection:
-    written = document.raw.get(SECTION)
-    data = {} if written is None else written
-    section, problems = validate(ActivationCheckpointingSection, data, path=(SECTION,))
-    raise_problems([placed(problem, document, {}) for problem in problems], where=document.where)
-    assert section is not None
-    # The flags alone: of what the section says besides, its own rules were asked already.
-    flags = {name: getattr(section, name) for name in _FLAGS} | arguments
-    merged, problems = validate(ActivationCheckpointingSection, flags, path=(SECTION,))
+def _section(source: Source | None, arguments: dict[str, Any]) -> ActivationCheckpointingSection:
+    """Return the section in ``source`` with ``arguments`` over it; what is wrong elsewhere is not looked at."""
+    flags: dict[str, Any] = {}
+    if source is not None:
+        found = examine(source)
+        raise_problems([each for each in found.problems if each.keys[:1] == (SECTION,)], where=found.document.where)
+        for each in found.warnings:
+            if each.keys[:1] == (SECTION,):
+                log.log_dist(f"ignored in compatibility mode: {each}", level=logging.WARNING)
+        section = found.config.section(SECTION)
+        flags = {name: getattr(section, name) for name in _FLAGS}
+    merged, problems = validate(ActivationCheckpointingSection, flags | arguments, path=(SECTION,))
     raise_problems(problems, where="arguments of checkpointing.configure")
     assert merged is not None
     return merged
