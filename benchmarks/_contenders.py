@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
@@ -262,8 +262,19 @@ class DsCore(Contender):
         batches: Sequence[tuple[Tensor, Tensor]],
         *,
         zero: Mapping[str, Any] | None = None,
+        activation: Mapping[str, Any] | None = None,
+        prepare: Callable[[nn.Module], None] | None = None,
     ) -> None:
-        """``zero``: the section ``zero_optimization``; None: stage 0."""
+        """Build an engine.
+
+        Args:
+            module: what it trains.
+            recipe: what a step is.
+            batches: as the base says.
+            zero: the section ``zero_optimization``; None: stage 0.
+            activation: the section ``activation_checkpointing``.
+            prepare: does something to ``module`` first.
+        """
         # Not at the top: --self-check compares a peer with itself and needs no engine.
         import ds_core
 
@@ -271,6 +282,10 @@ class DsCore(Contender):
         config = recipe.config()
         if zero is not None:
             config["zero_optimization"] = dict(zero)
+        if activation is not None:
+            config["activation_checkpointing"] = dict(activation)
+        if prepare is not None:
+            prepare(module)
         self._engine = ds_core.initialize(model=module, model_parameters=list(module.parameters()), config=config)[0]
 
     def _micro_step(self, inputs: Tensor, targets: Tensor, *, is_last: bool) -> Tensor:

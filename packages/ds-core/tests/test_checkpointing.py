@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import sys
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from ds_core import checkpointing, registry
 from ds_core.errors import MissingPackageError
+
+
+class Pair(NamedTuple):
+    """One that must stay what it is."""
+
+    first: Any
+    second: Any = 1
 
 
 @pytest.fixture
@@ -60,6 +67,25 @@ def test_torch_recomputes_without_the_package() -> None:
 @pytest.mark.usefixtures("installed")
 def test_the_package_recomputes_where_it_is_installed() -> None:
     assert checkpointing.checkpoint(max, 1, 2) == ("theirs", 2)
+
+
+@pytest.mark.usefixtures("without")
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (lambda x: [x, "text", None], lambda x: (x, "text", None)),
+        (lambda x: (x,), lambda x: x),
+        (lambda x: {"a": x}, lambda x: {"a": x}),
+        (Pair, Pair),
+        (lambda x: None, lambda x: None),
+        (lambda x: (), lambda x: ()),
+    ],
+)
+def test_outputs_have_the_shape_that_deepspeed_gives_them(output: Any, expected: Any) -> None:
+    x = torch.ones((), requires_grad=True)
+    found = checkpointing.checkpoint(output, x)
+    assert type(found) is type(expected(x))
+    assert found == expected(x)
 
 
 @pytest.mark.usefixtures("without")

@@ -125,7 +125,9 @@ def test_a_known_package_that_is_too_old_is_not_to_be_installed_again(install):
     assert str(caught.value).splitlines()[0] == (
         '"pipeline.enabled" comes with a later release of ds-pipe, installed is 0.1.3'
     )
-    assert caught.value.fix == "pip install --upgrade ds-pipe, once there is one; until then choose one that is installed"
+    assert (
+        caught.value.fix == "pip install --upgrade ds-pipe, once there is one; until then choose one that is installed"
+    )
 
 
 def test_an_unknown_name_gets_the_nearest(install):

@@ -22,7 +22,7 @@ from ds_core.errors import MissingPackageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["checkpoint"]
+__all__ = ["checkpoint", "deepspeed_shape"]
 
 _PACKAGE = "ds-activation"
 _MODULE = "ds_activation"
@@ -56,10 +56,25 @@ _THEIRS = frozenset(
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Return ``function(*args, **kwargs)``, its inner activations computed again in backward.
 
-    Done by ds-activation where it is installed, as ``configure`` has set it up, else by torch.
+    Done by ds-activation where it is installed, as ``configure`` has set it up, else by torch. What the function
+    returns has the shape of :func:`deepspeed_shape`.
     """
     name = "deepspeed" if "deepspeed" in registry.names("activation") else "torch"
-    return registry.load("activation", name)().checkpoint(function, *args, **kwargs)
+    return deepspeed_shape(registry.load("activation", name)().checkpoint(function, *args, **kwargs))
+
+
+def deepspeed_shape(output: Any) -> Any:
+    """Return what DeepSpeed's ``checkpoint`` makes of a function's output (spec/activation-checkpointing.md 3).
+
+    A list becomes a tuple, and a tuple or list of one element that element. Everything else, such as a dict or a named
+    tuple, stays what it is, which DeepSpeed takes apart.
+
+    >>> deepspeed_shape([1, 2]), deepspeed_shape((1,)), deepspeed_shape({"a": 1}), deepspeed_shape(None)
+    ((1, 2), 1, {'a': 1}, None)
+    """
+    if type(output) not in (tuple, list):
+        return output
+    return output[0] if len(output) == 1 else tuple(output)
 
 
 def __getattr__(name: str) -> Any:

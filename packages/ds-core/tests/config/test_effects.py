@@ -2,6 +2,7 @@
 
 import pytest
 
+from ds_core import registry
 from ds_core.config import CheckpointSection, Config, Fp16Section, OffloadParamSection, ZeroSection, load_config
 from ds_core.config.effects import given_paths, state_of, without_effect
 from ds_core.config.sections.compression import SparseAttentionSection
@@ -141,9 +142,14 @@ def test_reasons(config, expected):
     assert found == {path: f"no effect: {why}" for path, why in expected.items()}
 
 
-def test_activation_checkpointing_says_who_reads_it():
-    config = load_config({**BATCH, "activation_checkpointing": {"partition_activations": True}})
-    assert "configure" in without_effect(config)["activation_checkpointing.partition_activations"]
+@pytest.mark.parametrize("is_there", [True, False])
+def test_flags_of_activation_checkpointing_say_who_reads_them(monkeypatch, is_there):
+    names = registry.names
+    monkeypatch.setattr(
+        registry, "names", lambda seam: ("deepspeed",) * is_there if seam == "activation" else names(seam)
+    )
+    found = without_effect(load_config({**BATCH, "activation_checkpointing": {"cpu_checkpointing": True}}))
+    assert ("ds-activation" in found.get("activation_checkpointing.cpu_checkpointing", "")) is not is_there
 
 
 def test_what_compatibility_mode_dropped():

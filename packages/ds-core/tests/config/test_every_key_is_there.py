@@ -55,6 +55,7 @@ OURS = {
     "precision.type",
     "checkpoint.engine",
     "bf16.auto_cast",
+    *(f"activation_checkpointing.{name}" for name in ("policy", "modules", "interval", "memory_budget")),
     # torch's classes carry these out, and these arguments are theirs.
     "optimizer.params(adagrad).initial_accumulator_value",
     "optimizer.params(adagrad).lr_decay",

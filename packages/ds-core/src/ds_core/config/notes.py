@@ -112,5 +112,8 @@ def _plugins(config: Config) -> Iterator[tuple[str, str, str]]:
     partition = config.plugin("partition")
     yield "partition", partition, "partition.type" if config.partition.chosen else "zero_optimization.stage"
     yield "checkpoint", config.plugin("checkpoint"), config.checkpoint.chosen_by or "checkpoint.engine"
+    activation = config.sections.get("activation_checkpointing")
+    if activation is not None and getattr(activation, "policy", None) is not None:
+        yield "activation", "deepspeed", "activation_checkpointing.policy"
     if config.optimizer is not None:
         yield "optimizer", config.optimizer.type.lower(), "optimizer.type"

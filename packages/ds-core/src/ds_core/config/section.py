@@ -61,8 +61,13 @@ AUTO = "auto"
 
 
 def is_auto(value: Any, field: FieldInfo | None) -> bool:
-    """Return whether ``value`` stands for the default of ``field``: it is ``"auto"``, and there is a default."""
-    return isinstance(value, str) and value == AUTO and field is not None and not field.is_required()
+    """Return whether ``value`` stands for the default of ``field``: it is ``"auto"``, and there is a default.
+
+    Not where ``"auto"`` is a word of the field's own.
+    """
+    if not isinstance(value, str) or value != AUTO or field is None or field.is_required():
+        return False
+    return AUTO not in _words(field.annotation)
 
 
 class Section(BaseModel):
@@ -244,6 +249,14 @@ class Section(BaseModel):
 
 def _is_marked(field: FieldInfo, kind: type) -> bool:
     return any(isinstance(marker, kind) for marker in field.metadata)
+
+
+def _words(annotation: Any) -> Iterable[Any]:
+    """Yield the values that a type lists, such as those of a ``Literal``."""
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    elif get_origin(annotation) in (Annotated, Union, types.UnionType):
+        yield from itertools.chain.from_iterable(map(_words, get_args(annotation)))
 
 
 @cache

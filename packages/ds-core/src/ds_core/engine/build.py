@@ -23,6 +23,7 @@ from ds_core.engine.groups import check_ranks_agree, check_strangers, groups_to_
 from ds_core.engine.observers import MonitorObserver, ProgressLine
 from ds_core.engine.parts import Accumulation, Clip, Parts, ScheduleStep
 from ds_core.errors import ConfigError, EngineError
+from ds_core.interfaces.activation import Attached
 from ds_core.interfaces.engine import EngineProvider
 from ds_core.interfaces.logical import logical_name
 from ds_core.interfaces.partition import Partition, PartitionInputs
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from ds_core.config import Config, Section
+    from ds_core.interfaces.activation import ActivationCheckpointing
     from ds_core.interfaces.checkpoint import CheckpointEngine
     from ds_core.interfaces.monitor import Monitor
     from ds_core.interfaces.precision import Precision
@@ -68,6 +70,8 @@ class Choice:
     precision: Precision
     partition: type[Partition]
     checkpoint: type[CheckpointEngine]
+    activation: type[ActivationCheckpointing] | None
+    """None: the section ``activation_checkpointing`` asks for nothing, or nobody here reads it."""
     monitors: Sequence[tuple[type[Monitor], Section]]
     """Each enabled monitor with its section."""
 
@@ -101,8 +105,22 @@ def choose(config: Config) -> Choice:
         precision,
         partition,
         _checkpoint(config),
+        _activation(config),
         _monitors(config),
     )
+
+
+def _activation(config: Config) -> type[ActivationCheckpointing] | None:
+    section, name = config.sections.get("activation_checkpointing"), "deepspeed"
+    if section is None or not section.is_on():
+        return None
+    if getattr(section, "policy", None) is None and name not in registry.names("activation"):
+        return None  # the report says of each key that nobody reads it
+    found: type[ActivationCheckpointing] = registry.load(
+        "activation", name, needed_by="activation_checkpointing.policy"
+    )
+    found.check_config(config)
+    return found
 
 
 def _checkpoint(config: Config) -> type[CheckpointEngine]:
@@ -185,6 +203,7 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
     )
     _warn_of_dtypes(partition)
     _warn_of_vocabulary(config)
+    activation = Attached() if choice.activation is None else choice.activation().attach(module, config, group, device)
     optimizer = schedule = None
     if trains:
         optimizer = _optimizer(arguments, partition)
@@ -207,6 +226,7 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
         ),
         group=group,
         world_size=comm.get_world_size(group),
+        activation=activation,
         observers=_observers(config, choice),
     )
     engine = DeepSpeedEngine(module, parts, config, device=device)

@@ -72,7 +72,8 @@ class DeepSpeedEngine(EngineFace):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module returns, unchanged."""
-        return self.parts.forward(*args, **kwargs)
+        with self.parts.activation.active():
+            return self.parts.forward(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Compute gradients of ``loss``, scaled once: by the loss scale, the accumulation and the world size.
@@ -209,6 +210,7 @@ class DeepSpeedEngine(EngineFace):
         try:
             self._end_saves()
         finally:
+            self.parts.activation.detach()
             self.parts.partition.destroy()
             for observe in self.parts.observers:
                 close = getattr(observe, "close", None)

@@ -247,6 +247,7 @@ class EngineFace(ConfigGetters, nn.Module):
                 "multiply": "one multiplication before the update, skipped at 1",
             }[parts.optimizer.way]
         found.update(parts.partition.report())
+        found.update(parts.activation.report())
         found.update(without_effect_here(self))
         return found
 

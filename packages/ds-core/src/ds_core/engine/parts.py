@@ -9,6 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from ds_core.errors import EngineError
+from ds_core.interfaces.activation import Attached
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -170,4 +171,6 @@ class Parts:
     """The data-parallel process group."""
     world_size: int
     """Ranks in ``group``."""
+    activation: Attached = field(default_factory=Attached)
+    """What the section ``activation_checkpointing`` does to the module."""
     observers: list[Callable[[StepRecord], None]] = field(default_factory=list)
