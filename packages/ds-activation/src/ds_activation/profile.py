@@ -1,0 +1,353 @@
+"""What each block of a model saves for backward, and how long it takes: measured during one forward.
+
+A block runs for itself first, from the random state it would have, and what it saved is dropped; then it runs for good,
+to be computed again in backward. So memory never exceeds that of recomputing every block by more than one block.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ds_activation.choice import Call, Cost, Decision, Held, ModelProfile
+from ds_activation.host_copies import HostCopies
+from ds_activation.rng import get_cuda_rng_tracker
+from ds_activation.selective import is_kept, selective_contexts
+from ds_activation.storages import Known, Saved, fixed_storages, storages_of
+from ds_core.accelerator import get_accelerator
+from ds_core.errors import EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor, UntypedStorage, nn
+
+__all__ = ["Measurement", "profile"]
+
+_PROBE_BYTES = 2**24
+_SHARE = 0.05
+"""Of the time of a copy, what the computation beside it loses."""
+
+
+def profile(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], blocks: Sequence[tuple[str, nn.Module]]
+) -> ModelProfile:
+    """Run one forward of ``module`` with gradients on, and return what it saves and how long its blocks take.
+
+    Random states, buffers and forwards are afterwards what they were; parameters get no gradients.
+
+    Args:
+        module: on its device.
+        args: of its forward, with ``kwargs``.
+        kwargs: of its forward.
+        blocks: of :func:`ds_activation.blocks.find_blocks`.
+    """
+    from ds_activation.forwards import attach_forwards
+
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    measurement = Measurement(module, [name for name, _ in blocks], device)
+    forwards = attach_forwards(blocks, [Decision.RECOMPUTE] * len(blocks))
+    try:
+        for forward in forwards:
+            forward.measurement = measurement
+        with _as_before(module, device), torch.enable_grad(), measurement:
+            output = module(*args, **kwargs)
+            # While the output is there: with it goes what was saved.
+            found = measurement.result()
+            del output
+    finally:
+        for forward in forwards:
+            forward.detach()
+    return found
+
+
+class Measurement:
+    """Measures the blocks of a model during one forward, which runs while this is entered.
+
+    The seconds of a block are the least of two runs (of the first, in which tensors are noted and a device warms up,
+    and of a plain one). Those of selective recomputation are of a second run with the kept results at hand. Those of
+    offload are the copies, there and back, as far as each takes longer than the block's forward beside which it runs,
+    and a twentieth of their time, because they share memory with the computation.
+
+    Args:
+        module: the model; what it has of parameters and buffers is not counted.
+        names: of the blocks.
+        device: of the model.
+        can_offload: whether there is other memory than the device's.
+    """
+
+    def __init__(
+        self, module: nn.Module, names: Sequence[str], device: torch.device, *, can_offload: bool = False
+    ) -> None:
+        self._module, self._names, self._device = weakref.ref(module), tuple(names), device
+        self._rates = _seconds_per_byte(device) if can_offload else None
+        self._known, self._saved = Known(), Saved()
+        self._calls: list[Call] = []
+        self._fixed: frozenset[int] = frozenset()
+        self._is_inside = False
+        self._hooks: Any = None
+
+    def __enter__(self) -> Measurement:
+        module = self._module()
+        assert module is not None
+        self._fixed = fixed_storages(module)
+        self._hooks = self._saved.hooks()
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._hooks.__exit__(*exc)
+        self._saved.is_on = False
+
+    def result(self) -> ModelProfile:
+        """Return the profile; called when the forward has ended and its output is still there."""
+        rest: list[set[int]] = [set() for _ in range(len(self._calls) + 1)]
+        for place, tensor in self._saved.alive():
+            rest[place].update(self._numbers(tensor))
+        return ModelProfile(
+            self._names, tuple(self._known.sizes), tuple(self._calls), tuple(frozenset(one) for one in rest)
+        )
+
+    def call(
+        self,
+        at: int,
+        block: nn.Module,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        run: Callable[..., Any],
+    ) -> Any:
+        """Measure one call of the ``at``-th block, and return what ``run(function, args, kwargs)`` returns."""
+        if self._is_inside:  # a block that another one has inside
+            return function(*args, **kwargs)
+        self._is_inside, self._saved.is_on = True, False
+        try:
+            inputs = self._numbers(args, kwargs)
+            measured = self._measure(at, block, function, args, kwargs)
+            output = run(function, args, kwargs)
+        finally:
+            self._is_inside, self._saved.is_on = False, True
+        self._calls.append(self._priced(at, inputs, measured, output))
+        self._saved.place = len(self._calls)
+        return output
+
+    def _numbers(self, *values: Any) -> frozenset[int]:
+        return frozenset(self._known.number(one) for one in storages_of(values) if one._cdata not in self._fixed)
+
+    def _measure(
+        self, at: int, block: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> _Measured:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        versions = [tensor._version for tensor in tensors]
+
+        def once(*contexts: Any) -> tuple[Any, float]:
+            with _as_before(block, self._device):
+                return _timed(function, args, kwargs, self._device, contexts)
+
+        saved = Saved()
+        output, seconds = once(saved.hooks())
+        if versions != [tensor._version for tensor in tensors]:
+            raise EngineError(
+                "the block changes an input in place, so it cannot be computed again",
+                where=self._names[at],
+                fix='leave it out of "modules", or change a copy',
+            )
+        saves = self._sort([tensor for _, tensor in saved.alive()], output, tensors)
+        del output, saved
+        own_bytes = saves.settled(self._known)
+        result = _Measured(saves, own_bytes, min(seconds, once()[1]))
+        # Results are kept from the first run to the second: what is changed in place in between is of no use.
+        tally, (first, second) = _Tally(), selective_contexts()
+        saved = Saved()
+        output, _ = once(saved.hooks(), tally, first)
+        if not tally.is_changed:
+            kept = self._sort(tally.results, output, tensors)
+            work = self._sort([*tally.results, *(tensor for _, tensor in saved.alive())], output, tensors)
+            del output, saved
+            tally.results.clear()
+            seconds = once(second)[1]
+            del first, second
+            result.selective = _Selective(kept, kept.settled(self._known), work, work.settled(self._known), seconds)
+        return result
+
+    def _sort(self, tensors: Sequence[Tensor], output: Any, inputs: Sequence[Tensor]) -> _Sorted:
+        given = {storage._cdata for storage in storages_of(list(inputs))}
+        leaves: dict[int, int] = {}
+        for at, leaf in enumerate(tree_leaves(output)):
+            for storage in storages_of(leaf):
+                leaves.setdefault(storage._cdata, at)
+        found = _Sorted(set(), set(), [])
+        seen: set[int] = set()
+        for storage in storages_of(list(tensors)):
+            key = storage._cdata
+            if key in self._fixed or key in seen:
+                continue
+            seen.add(key)
+            if key in given:
+                found.shared.add(self._known.number(storage))
+            elif key in leaves:
+                found.leaves.add(leaves[key])
+            else:
+                found.others.append((weakref.ref(storage), storage.nbytes()))
+        return found
+
+    def _priced(self, at: int, inputs: frozenset[int], measured: _Measured, output: Any) -> Call:
+        leaves = tree_leaves(output)
+
+        def held(of: _Sorted, own_bytes: int, *also: frozenset[int]) -> Held:
+            out = self._numbers([leaves[leaf] for leaf in of.leaves])
+            return Held(frozenset(of.shared).union(out, *also), own_bytes)
+
+        seconds = measured.seconds
+        kept = held(measured.saves, measured.own_bytes)
+        again = Held(kept.shared | inputs, kept.own_bytes)
+        costs = {
+            Decision.KEEP: Cost(kept, kept),
+            Decision.RECOMPUTE: Cost(Held(inputs), again, seconds),
+        }
+        part = measured.selective
+        if part is not None:
+            costs[Decision.SELECTIVE] = Cost(
+                held(part.kept, part.kept_bytes, inputs), held(part.work, part.work_bytes, inputs), part.seconds
+            )
+        if self._rates is not None:
+            nbytes = kept.own_bytes + sum(
+                self._known.sizes[one] for one in kept.shared - frozenset(measured.saves.shared)
+            )
+            copies = [rate * nbytes for rate in self._rates]
+            waits = sum(max(0.0, one - seconds) + _SHARE * one for one in copies)
+            costs[Decision.OFFLOAD] = Cost(Held(frozenset(measured.saves.shared)), kept, waits)
+        return Call(at, costs)
+
+
+@dataclass
+class _Sorted:
+    """Storages: those known (inputs, and others that outlive the block), leaves of the output, and its own."""
+
+    shared: set[int]
+    leaves: set[int]
+    others: list[tuple[weakref.ref[UntypedStorage], int]]
+
+    def settled(self, known: Known) -> int:
+        """Return the bytes of what went with the run; what is still there belongs to others as well."""
+        own_bytes = 0
+        for reference, nbytes in self.others:
+            storage = reference()
+            if storage is None:
+                own_bytes += nbytes
+            else:
+                self.shared.add(known.number(storage))
+        self.others = []
+        return own_bytes
+
+
+@dataclass
+class _Measured:
+    saves: _Sorted
+    own_bytes: int
+    seconds: float
+    selective: _Selective | None = None
+
+
+@dataclass
+class _Selective:
+    kept: _Sorted
+    kept_bytes: int
+    """Of its own, of what is kept."""
+    work: _Sorted
+    work_bytes: int
+    """Of its own, of what is kept and what backward needs."""
+    seconds: float
+
+
+class _Tally(TorchDispatchMode):
+    """Notes the results that selective recomputation keeps, and whether any is changed afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.results: list[Tensor] = []
+        self.is_changed = False
+        self._keys: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if is_kept(func, args, kwargs):
+            self.results += [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            self._keys.update(storage._cdata for storage in storages_of(result))
+        elif func._schema.is_mutable and self._keys:
+            changed = [
+                value
+                for argument, value in zip(func._schema.arguments, args, strict=False)
+                if argument.alias_info is not None and argument.alias_info.is_write
+            ]
+            self.is_changed |= any(storage._cdata in self._keys for storage in storages_of(changed))
+        return result
+
+
+@contextmanager
+def _as_before(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put random states, and the buffers of ``module``, back at the end."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    tracker = get_cuda_rng_tracker()
+    states = tracker.get_states()
+    devices = [] if device.type == "cpu" else [device]
+    kind = "cuda" if device.type == "cpu" else device.type
+    with torch.random.fork_rng(devices=devices, device_type=kind):
+        try:
+            yield
+        finally:
+            tracker.set_states(states)
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    # Past its version counter: autograd may hold the buffer since an earlier call of the block.
+                    buffer.data.copy_(before)
+
+
+def _timed(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    device: torch.device,
+    contexts: Sequence[Any],
+) -> tuple[Any, float]:
+    first, second, third = (*contexts, nullcontext(), nullcontext(), nullcontext())[:3]
+    _wait(device)
+    with first, second, third:
+        start = time.perf_counter()
+        output = function(*args, **kwargs)
+        _wait(device)
+        seconds = time.perf_counter() - start
+    return output, seconds
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        get_accelerator().synchronize(device.index)
+
+
+def _seconds_per_byte(device: torch.device) -> tuple[float, float]:
+    """Return how long a copy to the host and one back take, the better of two."""
+    # Copies that are waited for, and a tensor that does leave the device.
+    copies = HostCopies(keep_last=0, use_streams=False)
+    probe = torch.zeros(_PROBE_BYTES, dtype=torch.uint8, device=device)
+    there = back = float("inf")
+    for _ in range(2):
+        _wait(device)
+        start = time.perf_counter()
+        handle = copies.to_host(probe)
+        _wait(device)
+        middle = time.perf_counter()
+        handle.restore()
+        _wait(device)
+        there, back = min(there, middle - start), min(back, time.perf_counter() - middle)
+    return there / _PROBE_BYTES, back / _PROBE_BYTES

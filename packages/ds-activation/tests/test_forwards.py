@@ -1,0 +1,168 @@
+"""The forward that stands in for a block's own: what it does with caches, copies to the host, statistics."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ds_activation import forwards as forwards_module
+from ds_activation.choice import Decision
+from ds_activation.forwards import attach_forwards
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.two = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 6)
+        self.register_buffer("scale", torch.full((8,), 0.5))
+
+    def forward(self, x: torch.Tensor, cache: Any = None, *, use_cache: bool = True) -> torch.Tensor:
+        self.seen = (cache, use_cache)
+        wide = torch.tanh(self.norm(self.one(x)))
+        return x * self.two(F.dropout(wide * self.scale * wide, 0.3))
+
+
+class Host:
+    """Copies that are counted, the originals let go of."""
+
+    def __init__(self) -> None:
+        self.sent: list[torch.Tensor] = []
+
+    def __call__(self, device: torch.device) -> Host:
+        return self
+
+    def to_host(self, tensor: torch.Tensor) -> Any:
+        self.sent.append(tensor.detach().clone())
+        sent = self.sent[-1]
+
+        class Handle:
+            def restore(self) -> torch.Tensor:
+                return sent.clone()
+
+        return Handle()
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Host:
+    host = Host()
+    monkeypatch.setattr(forwards_module, "host_copies", host)
+    return host
+
+
+def pair(decision: Decision) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    plain = Block()
+    other = copy.deepcopy(plain)
+    attach_forwards([("", other)], [decision])
+    return plain, other
+
+
+def gradients(block: nn.Module, times: int = 1) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    x = torch.randn(5, 6, requires_grad=True)
+    y = block(x * 1)
+    for left in reversed(range(times)):
+        y.square().sum().backward(retain_graph=left > 0)
+    return [y.detach(), x.grad, *(param.grad for param in block.parameters()), *block.buffers()]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("decision", [Decision.KEEP, Decision.RECOMPUTE, Decision.OFFLOAD])
+def test_gradients_and_running_statistics_are_the_same(decision: Decision, times: int, host: Host) -> None:
+    plain, other = pair(decision)
+    for left, right in zip(gradients(plain, times), gradients(other, times), strict=True):
+        assert torch.equal(left, right)
+    assert bool(host.sent) is (decision is Decision.OFFLOAD)
+
+
+def test_selective_keeps_running_statistics(host: Host) -> None:
+    plain, other = pair(Decision.SELECTIVE)
+    for left, right in zip(gradients(plain), gradients(other), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_offload_sends_each_tensor_once_and_neither_weights_nor_inputs(host: Host) -> None:
+    _, other = pair(Decision.OFFLOAD)
+    x = torch.randn(5, 6, requires_grad=True)
+    other(x)
+    stay = [x.detach(), *(param.detach() for param in other.parameters()), *other.buffers()]
+    for sent in host.sent:
+        assert not any(sent.shape == one.shape and torch.equal(sent, one) for one in stay)
+    alike = [
+        (at, to)
+        for at, one in enumerate(host.sent)
+        for to, another in enumerate(host.sent[:at])
+        if one.shape == another.shape and torch.equal(one, another)
+    ]
+    assert alike == []  # the result of tanh is saved by three ops
+
+
+def test_offload_sends_a_tensor_again_after_a_change(host: Host) -> None:
+    class Changing(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            middle = x * 2
+            first = middle.detach() * x
+            middle.detach().add_(1)
+            return first, middle.detach() * x
+
+    block = Changing()
+    attach_forwards([("", block)], [Decision.OFFLOAD])
+    x = torch.tensor([1.0, 3.0], requires_grad=True)
+    first, second = block(x)
+    (first + second).sum().backward()
+    assert len(host.sent) == 2
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.tensor([2.0 + 3.0, 6.0 + 7.0]))
+
+
+class Cache:
+    """By its module, one of transformers'."""
+
+    def __bool__(self) -> bool:
+        raise AssertionError("caches are looked at by their class alone")
+
+
+Cache.__module__ = "transformers.cache_utils"
+
+
+def test_caches_are_left_out_while_gradients_are_on() -> None:
+    _, block = pair(Decision.RECOMPUTE)
+    cache = Cache()
+    block(torch.zeros(2, 6), cache, use_cache=True)
+    assert block.seen == (None, False)
+    block(torch.zeros(2, 6), cache=cache)
+    assert block.seen == (None, True)
+    with torch.no_grad():
+        block(torch.zeros(2, 6), cache, use_cache=True)
+    assert block.seen == (cache, True)
+
+
+def test_the_signature_is_the_blocks_own() -> None:
+    plain, other = pair(Decision.RECOMPUTE)
+    assert inspect.signature(other.forward) == inspect.signature(plain.forward)
+
+
+def test_one_that_is_wrapped_by_another_becomes_plain() -> None:
+    plain, other = pair(Decision.RECOMPUTE)
+    (first,) = [other.forward]
+    other.forward = lambda x: first(x)
+    first.detach()
+    for left, right in zip(gradients(plain), gradients(other), strict=True):
+        assert torch.equal(left, right)
+    assert not isinstance(other.forward, forwards_module.CheckpointedForward)
+
+
+def test_a_copy_of_a_copy_and_its_decision() -> None:
+    _, block = pair(Decision.RECOMPUTE)
+    other = copy.deepcopy(copy.deepcopy(block))
+    assert other.forward is not block.forward
+    assert other.forward.decision is Decision.RECOMPUTE
+    other(torch.zeros(2, 6), 5)
+    assert other.seen == (5, True)
+    assert not hasattr(block, "seen")
