@@ -22,6 +22,10 @@ def reset_globals() -> None:
         dist.destroy_process_group()
     if (flight := sys.modules.get("ds_core.checkpoint.flight")) is not None:
         flight.forget()
+    if (settings := sys.modules.get("ds_activation.settings")) is not None:
+        settings.forget()
+    if (rng := sys.modules.get("ds_activation.rng")) is not None:
+        rng.get_cuda_rng_tracker().reset()
     if (accelerator := sys.modules.get("ds_core.accelerator")) is not None:
         accelerator.set_accelerator(None)
     if (registry := sys.modules.get("ds_core.registry")) is not None:

@@ -1,0 +1,121 @@
+"""``ds activation profile``: what it prints and draws, and how it ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ds_core.testing.cli import SubcommandContract
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MODEL = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x, scale=1.0):
+        return x + self.down(torch.tanh(self.up(x))) * scale
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+
+    def forward(self, x, scale=1.0):
+        for block in self.blocks:
+            x = block(x, scale)
+        return x.sum()
+
+def build():
+    return Model(), torch.ones(256, 16)
+
+def keywords():
+    return Model(), {"x": torch.ones(256, 16), "scale": 2.0}
+
+def wrong():
+    return Model()
+"""
+
+
+class TestActivation(SubcommandContract):
+    @pytest.fixture
+    def name(self):
+        return "activation"
+
+    @pytest.fixture
+    def entry(self):
+        return "ds_activation.cli:app"
+
+    @pytest.fixture
+    def failing(self):
+        return ["profile", "nowhere.py:build"]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model.py"
+    path.write_text(MODEL)
+    return path
+
+
+def ds_activation(*arguments: object) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from ds_core.cli import cli_main; cli_main(['activation', *sys.argv[1:]])"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "TERM": "dumb", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("function", ["build", "keywords"])
+def test_tables(model, function):
+    done = ds_activation("profile", f"{model}:{function}")
+    assert done.returncode == 0, done.stderr
+    words = [line.split() for line in done.stdout.splitlines() if line.strip()]
+    # tanh's result, [256, 64] in fp32; the block's input is that of the linear layer, which counts where it begins.
+    saved = [float(row[1]) for row in words if row[0].startswith("blocks.")]
+    assert len(saved) == 4
+    assert all(0.0625 <= mib <= 0.16 for mib in saved)
+    named = {row[0] for row in words}
+    assert {"none", "selective", "every_n,", "full", "auto,"} <= named
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_picture(model, tmp_path):
+    done = ds_activation("profile", f"{model}:build", "--budget", "0.5", "--png", tmp_path / "curve.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "auto, 0.50 MiB" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "told"),
+    [
+        ("{model}", [], "names no function"),
+        ("{model}:biuld", [], "has no function 'biuld'"),
+        ("{model}:wrong", [], "it returned a Model"),
+        ("a_module_that_is_not_there:build", [], "there is no module 'a_module_that_is_not_there'"),
+        ("{model}:build", ["--modules", "Blck"], "Blck"),
+        ("{model}:build", ["--budget", "0.001"], "memory_budget"),
+    ],
+)
+def test_mistakes(model, target, options, told):
+    done = ds_activation("profile", target.format(model=model), *options)
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert "fix:" in done.stderr
+    assert "Traceback" not in done.stderr
