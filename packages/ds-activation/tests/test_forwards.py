@@ -51,7 +51,7 @@ class Host:
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Host:
     host = Host()
-    monkeypatch.setattr(forwards_module, "host_copies", host)
+    monkeypatch.setattr(forwards_module, "_copies_of", host)
     return host
 
 

@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from ds_activation import settings
 from ds_activation.call import run
 from ds_activation.choice import Decision
-from ds_activation.host_copies import host_copies
-from ds_activation.selective import selective_contexts
+from ds_activation.host_copies import HostCopies
+from ds_activation.selective import selective_contexts, without_cached_casts
 from ds_activation.storages import fixed_storages, storages_of
 from ds_core.log import log_dist
 
@@ -94,7 +94,9 @@ class CheckpointedForward:
             assert block is not None
             with _offloaded(block, args, kwargs):
                 return function(*args, **kwargs)
-        contexts = selective_contexts if self.decision is Decision.SELECTIVE else None
+        contexts = None
+        if self.decision is Decision.SELECTIVE:
+            contexts, function = selective_contexts, without_cached_casts(function)
         norms = _norms(self._block())
         if norms:
             contexts = functools.partial(_statistics_kept, norms, contexts)
@@ -209,13 +211,21 @@ def _offloaded(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         known = taken.get(key)
         if known is not None and known[0]() is not None:
             return known[1]
-        copies = copies or host_copies(tensor.device)
+        copies = copies or _copies_of(tensor.device)
         moved = _Moved(copies.to_host(tensor))
         taken[key] = weakref.ref(storage), moved
         return moved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, _fetch):
         yield
+
+
+_copies: dict[torch.device, HostCopies] = {}
+
+
+def _copies_of(device: torch.device) -> HostCopies:
+    # No tensor stays, as the shared ones of host_copies() let the newest: the budget counts on it.
+    return _copies.setdefault(device, HostCopies(keep_last=0))
 
 
 class _Moved:

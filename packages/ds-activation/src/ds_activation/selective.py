@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-__all__ = ["is_kept", "selective_contexts"]
+from ds_core.accelerator import get_accelerator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["is_kept", "selective_contexts", "without_cached_casts"]
 
 _NAMES = (
     "mm",
@@ -57,3 +63,23 @@ def selective_contexts() -> tuple[Any, Any]:
     """Return the contexts of the two runs of one checkpointed call: a ``context_fn``."""
     contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(_policy)
     return contexts
+
+
+def without_cached_casts(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` so that its operations do not depend on what autocast has cast before.
+
+    The second run is compared with the first, operation by operation, and has no cast weights at hand that another use
+    of them has left. So the gradients of a weight that is used several times are added in its dtype, not in autocast's.
+    """
+    kinds = dict.fromkeys(("cpu", get_accelerator().device_name()))
+    on = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
+    if not on:
+        return function
+
+    def uncached(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for kind, dtype in on:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
+            return function(*args, **kwargs)
+
+    return uncached
