@@ -20,6 +20,7 @@ from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from unittest import mock
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ from pydantic import ValidationError
 from torch import nn
 
 import ds_core
+from ds_activation.host_copies import HostCopies
 from ds_core import comm
+from ds_core.accelerator import get_accelerator
 from ds_core.config import Section, find_problems, load_config
 from ds_core.config.catalog import all_sections
 from ds_core.config.config import BatchKeys, Config
@@ -141,6 +144,9 @@ VALUES: dict[str, Any] = {
     "optimizer.params": {"lr": 0.5},
     "scheduler.params": {"warmup_num_steps": 3},
     "scheduler.type": "WarmupLR",
+    "activation_checkpointing.modules": ["layers.1"],
+    "activation_checkpointing.interval": 3,
+    "activation_checkpointing.memory_budget": 1,
     "checkpoint.engine": "plain",
     "checkpoint.writer.type": "PYTHON",
     "checkpoint.tag_validation": "Fail",
@@ -235,6 +241,12 @@ def technique(**params: Any) -> dict[str, Any]:
 SCHEDULE = {"warmup_num_steps": 4}
 TRACE = {"initial_scale_power": 3, "loss_scale_window": 2}
 WITH: dict[str, dict[str, Any]] = {
+    "activation_checkpointing.modules": {"activation_checkpointing": {"policy": "full"}},
+    "activation_checkpointing.interval": {"activation_checkpointing": {"policy": "every_n"}},
+    "activation_checkpointing.memory_budget": {"activation_checkpointing": {"policy": "auto", "memory_budget": 10**6}},
+    "activation_checkpointing.cpu_checkpointing": {"activation_checkpointing": {"policy": "full"}},
+    "activation_checkpointing.synchronize_checkpoint_boundary": {"activation_checkpointing": {"policy": "full"}},
+    "activation_checkpointing.profile": {"activation_checkpointing": {"policy": "full"}},
     "zero_optimization": {"zero_optimization": {"stage": 2}},
     "zero_optimization.stage": {"zero_optimization": {"stage": 0}},
     "zero_optimization.load_from_fp32_weights": {"bf16": {"enabled": True}},
@@ -343,6 +355,8 @@ AT_STAGES = ("zero_", "allgather_", "gradient_", "prescale_", "communication_", 
 
 NOT_HERE = re.compile(r"not built yet|is accepted\b|comes with a later release of ds-|pip install ds-|needs ZeRO stage")
 REFUSED = {
+    "activation_checkpointing.partition_activations": "there is none",
+    "activation_checkpointing.contiguous_memory_optimization": "partition_activations is off",
     "bf16.bf16_optimizer_states": "needs bf16.bf16_master_weights_and_grads",
     "data_types.param_dtype": "without fp16 and bf16 weights are",
     "zero_optimization.offload_optimizer.ratio": "below 1 is possible at stage 3 only",
@@ -365,6 +379,20 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x)
+
+
+class Stack(nn.Module):
+    """Blocks that repeat."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x
 
 
 def start(config: Mapping[str, Any]) -> Any:
@@ -576,9 +604,50 @@ def loaded(config: dict[str, Any]) -> str:
     return path
 
 
+def recomputed(config: dict[str, Any]) -> Any:
+    """Return how often each layer of a stack runs in forward and backward, or what is refused."""
+    calls: dict[int, int] = {}
+    run = nn.Linear.forward
+
+    def counted(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        calls[id(layer)] = calls.get(id(layer), 0) + 1
+        return run(layer, x)
+
+    try:
+        with mock.patch.object(nn.Linear, "forward", counted):
+            (engine,) = steps(ds_core.initialize(model=Stack(), config=config)[0])
+    except DsError as error:
+        return str(error)
+    return [calls[id(layer)] for layer in engine.module.layers]
+
+
+def waits(config: dict[str, Any]) -> Any:
+    """Return how often the host waits for the device."""
+    with mock.patch.object(type(get_accelerator()), "synchronize", autospec=True) as synchronize:
+        recomputed(config)
+    return synchronize.call_count
+
+
+def moved(config: dict[str, Any]) -> Any:
+    """Return how many inputs are sent to the host; on a CPU they are there already."""
+    with mock.patch.object(HostCopies, "to_host", autospec=True, side_effect=HostCopies.to_host) as to_host:
+        recomputed(config)
+    return to_host.call_count
+
+
+def logged_calls(config: dict[str, Any]) -> Any:
+    return len(logged(lambda: recomputed(config)))
+
+
 EFFECTIVE: dict[str, Callable[[dict[str, Any]], Any]] = {
     **dict.fromkeys((*BATCH, "dataloader_drop_last"), batches),
     "gradient_clipping": weights,
+    **dict.fromkeys(
+        (f"activation_checkpointing.{name}" for name in ("policy", "modules", "interval", "memory_budget")), recomputed
+    ),
+    "activation_checkpointing.cpu_checkpointing": moved,
+    "activation_checkpointing.synchronize_checkpoint_boundary": waits,
+    "activation_checkpointing.profile": logged_calls,
     **dict.fromkeys(("checkpoint.engine", "checkpoint.writer.decoupled"), stored_by),
     "checkpoint.load_universal": loaded,
     **dict.fromkeys(("partition.type", "zero_optimization.stage"), divided_by),
