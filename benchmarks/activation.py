@@ -6,7 +6,7 @@ peer every block's forward is wrapped in ``torch.utils.checkpoint.checkpoint(use
 GPU.
 
     python benchmarks/activation.py --model 14m
-    python benchmarks/activation.py --policy full selective --dtype bf16
+    python benchmarks/activation.py --policy full selective --dtype bf16 --micro-batch 8
     python benchmarks/activation.py --smoke --pairs 3                      # a minute, says only that it runs
 """
 
@@ -69,12 +69,15 @@ def memory_rows(setting: Setting, names: str, ours: Build, peer: Build, bar: Bar
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_step_arguments(parser)
-    parser.set_defaults(accumulation=[1])
+    parser.set_defaults(accumulation=[1], dtype=["fp32"])
     parser.add_argument(
-        "--policy", choices=list(SECTIONS), nargs="+", default=list(SECTIONS), help="what ours does (default: all)"
+        "--policy", choices=list(SECTIONS), nargs="+", help="what ours does (default: all, with --smoke the first)"
     )
-    parser.add_argument("--peer", choices=list(PEERS), nargs="+", default=list(PEERS), help="default: both")
-    return parser.parse_args(argv)
+    parser.add_argument("--peer", choices=list(PEERS), nargs="+", default=[TORCH], help=f"default: {TORCH}")
+    arguments = parser.parse_args(argv)
+    if arguments.policy is None:
+        arguments.policy = list(SECTIONS)[: 1 if arguments.smoke else None]
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
