@@ -1,4 +1,4 @@
-"""The arithmetic of policies, and the solver against all decisions there are."""
+"""The arithmetic of policies, and the solver (its way is walk.py) against all decisions there are."""
 
 from __future__ import annotations
 

@@ -6,32 +6,26 @@ to be computed again in backward. So memory never exceeds that of recomputing ev
 
 from __future__ import annotations
 
-import time
 import weakref
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_activation.choice import Call, Cost, Decision, Held, ModelProfile
-from ds_activation.host_copies import HostCopies
-from ds_activation.rng import get_cuda_rng_tracker
-from ds_activation.selective import is_kept, selective_contexts
+from ds_activation.selective import selective_contexts
 from ds_activation.storages import Known, Saved, fixed_storages, storages_of
-from ds_core.accelerator import get_accelerator
+from ds_activation.trial import Tally, as_before, seconds_per_byte, timed
 from ds_core.errors import EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, UntypedStorage, nn
 
 __all__ = ["Measurement", "profile"]
 
-_PROBE_BYTES = 2**24
 _SHARE = 0.05
 """Of the time of a copy, what the computation beside it loses."""
 
@@ -57,7 +51,7 @@ def profile(
     try:
         for forward in forwards:
             forward.measurement = measurement
-        with _as_before(module, device), torch.enable_grad(), measurement:
+        with as_before(module, device), torch.enable_grad(), measurement:
             output = module(*args, **kwargs)
             # While the output is there: with it goes what was saved.
             found = measurement.result()
@@ -87,7 +81,7 @@ class Measurement:
         self, module: nn.Module, names: Sequence[str], device: torch.device, *, can_offload: bool = False
     ) -> None:
         self._module, self._names, self._device = weakref.ref(module), tuple(names), device
-        self._rates = _seconds_per_byte(device) if can_offload else None
+        self._rates = seconds_per_byte(device) if can_offload else None
         self._known, self._saved = Known(), Saved()
         self._calls: list[Call] = []
         self._fixed: frozenset[int] = frozenset()
@@ -148,8 +142,8 @@ class Measurement:
         versions = [tensor._version for tensor in tensors]
 
         def once(*contexts: Any) -> tuple[Any, float]:
-            with _as_before(block, self._device):
-                return _timed(function, args, kwargs, self._device, contexts)
+            with as_before(block, self._device):
+                return timed(function, args, kwargs, self._device, contexts)
 
         saved = Saved()
         output, seconds = once(saved.hooks())
@@ -164,7 +158,7 @@ class Measurement:
         own_bytes = saves.settled(self._known)
         result = _Measured(saves, own_bytes, min(seconds, once()[1]))
         # Results are kept from the first run to the second: what is changed in place in between is of no use.
-        tally, (first, second) = _Tally(), selective_contexts()
+        tally, (first, second) = Tally(), selective_contexts()
         saved = Saved()
         output, _ = once(saved.hooks(), tally, first)
         if not tally.is_changed:
@@ -265,89 +259,3 @@ class _Selective:
     work_bytes: int
     """Of its own, of what is kept and what backward needs."""
     seconds: float
-
-
-class _Tally(TorchDispatchMode):
-    """Notes the results that selective recomputation keeps, and whether any is changed afterwards."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.results: list[Tensor] = []
-        self.is_changed = False
-        self._keys: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if is_kept(func, args, kwargs):
-            self.results += [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-            self._keys.update(storage._cdata for storage in storages_of(result))
-        elif func._schema.is_mutable and self._keys:
-            changed = [
-                value
-                for argument, value in zip(func._schema.arguments, args, strict=False)
-                if argument.alias_info is not None and argument.alias_info.is_write
-            ]
-            self.is_changed |= any(storage._cdata in self._keys for storage in storages_of(changed))
-        return result
-
-
-@contextmanager
-def _as_before(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put random states, and the buffers of ``module``, back at the end."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    tracker = get_cuda_rng_tracker()
-    states = tracker.get_states()
-    devices = [] if device.type == "cpu" else [device]
-    kind = "cuda" if device.type == "cpu" else device.type
-    with torch.random.fork_rng(devices=devices, device_type=kind):
-        try:
-            yield
-        finally:
-            tracker.set_states(states)
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    # Past its version counter: autograd may hold the buffer since an earlier call of the block.
-                    buffer.data.copy_(before)
-
-
-def _timed(
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    device: torch.device,
-    contexts: Sequence[Any],
-) -> tuple[Any, float]:
-    first, second, third = (*contexts, nullcontext(), nullcontext(), nullcontext())[:3]
-    _wait(device)
-    with first, second, third:
-        start = time.perf_counter()
-        output = function(*args, **kwargs)
-        _wait(device)
-        seconds = time.perf_counter() - start
-    return output, seconds
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        get_accelerator().synchronize(device.index)
-
-
-def _seconds_per_byte(device: torch.device) -> tuple[float, float]:
-    """Return how long a copy to the host and one back take, the better of two."""
-    # Copies that are waited for, and a tensor that does leave the device.
-    copies = HostCopies(keep_last=0, use_streams=False)
-    probe = torch.zeros(_PROBE_BYTES, dtype=torch.uint8, device=device)
-    there = back = float("inf")
-    for _ in range(2):
-        _wait(device)
-        start = time.perf_counter()
-        handle = copies.to_host(probe)
-        _wait(device)
-        middle = time.perf_counter()
-        handle.restore()
-        _wait(device)
-        there, back = min(there, middle - start), min(back, time.perf_counter() - middle)
-    return there / _PROBE_BYTES, back / _PROBE_BYTES
