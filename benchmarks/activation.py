@@ -47,7 +47,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 """What ours is asked for. ``cpu_checkpointing`` moves nothing where there is no other device than the CPU."""
 TORCH, NONE = "torch.utils.checkpoint", "none"
-BAR, MEMORY_BAR = Bar(1.02), Bar(1.0)
+BAR, MEMORY_BAR = Bar(1.02), Bar(1.0, slack=0.0, min_count=1)
 """Of ``full`` against torch's; the rest is for information."""
 
 

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["DeepSpeedActivation"]
 
 _SECTION = "activation_checkpointing"
-_READ_BY = {"interval": ("every_n",), "memory_budget": ("auto",), "modules": ("full", "every_n", "selective", "auto")}
-"""Key -> the policies that read it."""
+_OF_POLICIES = frozenset({"policy", "modules", "interval", "memory_budget"})
+"""The keys that are not flags."""
 
 
 class DeepSpeedActivation(ActivationCheckpointing):
@@ -45,7 +45,7 @@ class DeepSpeedActivation(ActivationCheckpointing):
 
     @classmethod
     def check_config(cls, config: Config) -> None:
-        """Refuse a policy without what it needs, keys that the policy does not read, and what needs an ``mpu``.
+        """Refuse ``auto`` without a budget, flags that contradict each other, and what needs an ``mpu``.
 
         Raises:
             ConfigError: it cannot be.
@@ -57,14 +57,6 @@ class DeepSpeedActivation(ActivationCheckpointing):
                 where=f"{_SECTION}.memory_budget",
                 fix="give the bytes that saved activations may take, or another policy",
             )
-        for key, policies in _READ_BY.items():
-            # As given, not as it differs from the default: whoever wrote it expects something of it.
-            if key in section.model_fields_set and section.policy not in policies:
-                raise ConfigError(
-                    f"{key} is {getattr(section, key)!r}, and policy {section.policy!r} does not read it",
-                    where=f"{_SECTION}.{key}",
-                    fix=f'remove it, or set "policy" to {" or ".join(map(repr, policies))}',
-                )
         _settings(section)
 
     def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -88,7 +80,7 @@ def _section(config: Config) -> ActivationCheckpointingSection:
 
 def _settings(section: ActivationCheckpointingSection) -> settings.Settings | None:
     """Return the flags of ``section``, or None where it gives none: those of ``configure`` hold then."""
-    if not section.model_fields_set - {"policy", *_READ_BY}:
+    if not section.model_fields_set - _OF_POLICIES:
         return None
     mpu = settings.current().mpu
     if section.partition_activations and mpu is None:
