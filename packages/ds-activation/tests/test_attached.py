@@ -28,6 +28,7 @@ from ds_activation.profile import profile
 from ds_core.config import load_config
 from ds_core.errors import ConfigError
 from ds_core.testing.activation import ActivationContract
+from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 from ds_core.testing.memory import LiveStorage
 from ds_core.testing.ranks import run_ranks
 
