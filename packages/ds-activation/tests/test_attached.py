@@ -26,7 +26,7 @@ from ds_activation.choice import Decision, least_peak, predict
 from ds_activation.forwards import CheckpointedForward, attach_forwards
 from ds_activation.profile import profile
 from ds_core.config import load_config
-from ds_core.errors import ConfigError
+from ds_core.errors import ConfigError, EngineError
 from ds_core.testing.activation import ActivationContract
 from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 from ds_core.testing.memory import LiveStorage
@@ -582,6 +582,71 @@ def test_in_an_engine(name: str) -> None:
         assert all("forward" not in vars(module) for module in model.modules())
         weights.append([param.detach().clone() for param in model.parameters()])
     assert equal(*weights)
+
+
+def test_an_initialize_that_fails_leaves_the_model_alone() -> None:
+    def broken(optimizer: Any) -> Any:
+        raise KeyError("inside")
+
+    model = build("gpt")
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "SGD"},
+        "activation_checkpointing": {"policy": "full"},
+    }
+    with pytest.raises(KeyError, match="inside"):
+        ds_core.initialize(model=model, config=config, lr_scheduler=broken)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+class Moving(nn.Module):
+    """Reads a buffer that each forward moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.mean.lerp_(x.mean(0), 0.5)
+        return torch.tanh(self.linear(x - self.mean))
+
+
+@pytest.mark.parametrize("policy", ["full", "selective"])
+def test_a_block_that_moves_its_buffers_is_refused(policy: str) -> None:
+    model = nn.Sequential(Moving(), Moving())
+    attach(model, policy=policy)
+    with pytest.raises(EngineError, match="changes its buffer 'mean'"):
+        model(torch.randn(3, 4))
+    with torch.no_grad():
+        model(torch.randn(3, 4))
+
+
+class CheckpointsItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.5)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+        return x.sum()
+
+
+def test_auto_where_the_model_checkpoints_its_blocks_itself() -> None:
+    found = []
+    for keys in ({}, {"policy": "auto", "memory_budget": 10**6}):
+        torch.manual_seed(0)
+        model = CheckpointsItself()
+        attached = attach(model, modules=["blocks.*"], **keys) if keys else None
+        torch.manual_seed(1)
+        for _ in range(2):
+            with attached.active() if attached else contextlib.nullcontext():
+                loss = model(torch.ones(5, 4))
+            loss.backward()
+        found.append([param.grad for param in model.parameters()])
+    assert equal(*found)
 
 
 def _chosen_on_a_rank() -> tuple[list[str], int]:

@@ -153,6 +153,20 @@ def test_equal_settings_have_buffers_of_their_own() -> None:
     assert Settings().buffers is not Settings().buffers
 
 
+def test_reset_reaches_the_buffers_of_an_engines_section() -> None:
+    flags = {"partition_activations": True, "contiguous_memory_optimization": True, "number_checkpoints": 1}
+    of_section = Settings(**flags, mpu=MPU)
+    x = torch.ones(2, requires_grad=True)
+    with settings.in_force(of_section):
+        held = run(torch.exp, (x,), {}, current())
+        with pytest.raises(ConfigError, match=r"call checkpointing\.reset"):
+            run(torch.exp, (x,), {}, current())
+    settings.reset()
+    with settings.in_force(of_section):
+        assert run(torch.exp, (x,), {}, current()).requires_grad
+    del held
+
+
 def test_reset_makes_place_in_the_buffers() -> None:
     configure(MPU, partition_activations=True, contiguous_checkpointing=True, num_checkpoints=1)
     x = torch.ones(2, requires_grad=True)

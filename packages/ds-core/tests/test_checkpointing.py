@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import types
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
 
 from ds_core import checkpointing, registry
 from ds_core.errors import MissingPackageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class Pair(NamedTuple):
@@ -25,10 +28,11 @@ def without(monkeypatch: pytest.MonkeyPatch) -> None:
     """ds-activation is not installed."""
     monkeypatch.setitem(sys.modules, "ds_activation", None)
     monkeypatch.setattr(registry, "names", lambda seam: ("torch",))
+    checkpointing._built.cache_clear()
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
     """ds-activation is installed."""
 
     class Theirs:
@@ -39,7 +43,9 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     monkeypatch.setitem(sys.modules, "ds_activation", module)
     monkeypatch.setattr(registry, "names", lambda seam: ("deepspeed", "torch"))
     monkeypatch.setattr(registry, "load", _loader(Theirs))
-    return module
+    checkpointing._built.cache_clear()
+    yield module
+    checkpointing._built.cache_clear()
 
 
 def _loader(cls: type) -> Any:
@@ -121,6 +127,28 @@ def test_a_package_that_misses_something_itself(tmp_path: Any, monkeypatch: pyte
     monkeypatch.delitem(sys.modules, "ds_activation", raising=False)
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
         checkpointing.configure  # noqa: B018
+
+
+def test_every_name_of_the_installed_package_is_there(installed: types.ModuleType) -> None:
+    installed.PARTITION_ACTIVATIONS = True
+    assert checkpointing.PARTITION_ACTIVATIONS
+
+
+def test_an_argument_may_be_called_like_ours() -> None:
+    x = torch.ones(2, requires_grad=True)
+    checkpointing.checkpoint(lambda x, function: x * function, x, function=3).sum().backward()
+    assert torch.equal(x.grad, torch.full((2,), 3.0))
+
+
+def test_it_is_compiled_without_a_break() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return checkpointing.checkpoint(lambda y: y.sin().exp(), x).sum()
+
+    x, twin = (torch.linspace(0, 1, 8).requires_grad_() for _ in range(2))
+    torch.compile(model, backend="aot_eager", fullgraph=True)(x).backward()
+    model(twin).backward()
+    torch.testing.assert_close(x.grad, twin.grad)
+    torch.compiler.reset()
 
 
 def test_an_unknown_name() -> None:

@@ -59,7 +59,7 @@ class DeepSpeedActivation(ActivationCheckpointing):
             )
         _settings(section)
 
-    def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def checkpoint(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Return ``function(*args, **kwargs)``; inputs are kept as the settings in force say."""
         return checkpoint(function, *args, **kwargs)
 

@@ -14,9 +14,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from ds_activation import settings
 from ds_activation.call import run
 from ds_activation.choice import Decision
-from ds_activation.host_copies import HostCopies
+from ds_activation.host_copies import host_copies
 from ds_activation.selective import selective_contexts, without_cached_casts
 from ds_activation.storages import fixed_storages, storages_of
+from ds_core.errors import EngineError
 from ds_core.log import log_dist
 
 if TYPE_CHECKING:
@@ -100,7 +101,17 @@ class CheckpointedForward:
         norms = _norms(self._block())
         if norms:
             contexts = functools.partial(_statistics_kept, norms, contexts)
-        return run(function, args, kwargs, settings.current(), context_fn=contexts)
+        buffers = _buffers(self._block(), norms)
+        result = run(function, args, kwargs, settings.current(), context_fn=contexts)
+        changed = [name for name, was in buffers.items() if _buffers(self._block(), norms).get(name) != was]
+        if changed:
+            raise EngineError(
+                f"the block changes its buffer {changed[0]!r}, so computed again it would see another value, and count "
+                "twice",
+                where="activation checkpointing, a forward with gradients on",
+                fix='leave the block out of "modules", or keep what changes outside of it',
+            )
+        return result
 
     def _traced(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # torch.compile follows torch's checkpoint; hooks and copies to the host it would not.
@@ -136,6 +147,15 @@ def _norms(block: nn.Module | None) -> list[_NormBase]:
     """Return the layers of ``block`` that a forward changes: those with running statistics."""
     modules = () if block is None else block.modules()
     return [one for one in modules if isinstance(one, _NormBase) and one.training and one.track_running_stats]
+
+
+def _buffers(block: nn.Module | None, norms: list[_NormBase]) -> dict[str, tuple[int, int]]:
+    """Return identity and version of each buffer but running statistics, which no recomputation moves."""
+    if block is None:
+        return {}
+    spared = {id(buffer) for norm in norms for buffer in norm.buffers()}
+    named = block.named_buffers()
+    return {name: (id(buffer), buffer._version) for name, buffer in named if id(buffer) not in spared}
 
 
 def _statistics_kept(norms: list[_NormBase], contexts: Callable[[], tuple[Any, Any]] | None) -> tuple[Any, Any]:
@@ -211,21 +231,14 @@ def _offloaded(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         known = taken.get(key)
         if known is not None and known[0]() is not None:
             return known[1]
-        copies = copies or _copies_of(tensor.device)
+        # No tensor stays: the budget counts on it.
+        copies = copies or host_copies(tensor.device, keep_last=0)
         moved = _Moved(copies.to_host(tensor))
         taken[key] = weakref.ref(storage), moved
         return moved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, _fetch):
         yield
-
-
-_copies: dict[torch.device, HostCopies] = {}
-
-
-def _copies_of(device: torch.device) -> HostCopies:
-    # No tensor stays, as the shared ones of host_copies() let the newest: the budget counts on it.
-    return _copies.setdefault(device, HostCopies(keep_last=0))
 
 
 class _Moved:

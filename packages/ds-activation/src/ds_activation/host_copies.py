@@ -270,14 +270,22 @@ class HostCopies:
         return self._driver.host_memory(nbytes, pinned=False)
 
 
-_instances: dict[torch.device, HostCopies] = {}  # one per device and process, so that all models share its buffers
+_instances: dict[tuple[torch.device, int], HostCopies] = {}  # of the process, so that all models share their buffers
 
 
-def host_copies(device: torch.device) -> HostCopies:
-    """Return the copies of ``device`` in this process: the newest tensor stays, all others leave."""
+def host_copies(device: torch.device, keep_last: int = 1) -> HostCopies:
+    """Return the copies of ``device`` in this process: the newest ``keep_last`` tensors stay, all others leave."""
     if device.type != "cpu" and device.index is None:
         device = torch.device(device.type, torch.get_device_module(device).current_device())
-    return _instances.setdefault(device, HostCopies())
+    if (device, keep_last) not in _instances:
+        _instances[device, keep_last] = HostCopies(keep_last)
+    return _instances[device, keep_last]
+
+
+def clear_all() -> None:
+    """Let go of the memory of all that :func:`host_copies` has returned."""
+    for copies in _instances.values():
+        copies.clear()
 
 
 class _Moving(Handle):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -89,8 +89,12 @@ def gather(mine: Tensor, place: Place) -> Tensor:
 class Buffers:
     """Memory made beforehand, by position of the argument and size of its slice, and used again."""
 
+    everywhere: ClassVar[weakref.WeakSet[Buffers]] = weakref.WeakSet()
+    """All of this process: those of ``configure``, and of each engine's section."""
+
     def __init__(self) -> None:
         self._pools: dict[tuple[object, ...], _Pool] = {}
+        Buffers.everywhere.add(self)
 
     def put(self, values: Tensor, position: int, rows: int) -> _Row:
         """Return a row with a copy of ``values``, ``[N]``; it is free again when nobody holds it.
@@ -166,14 +170,15 @@ class _Stored:
     requires_grad: bool
     place: Place
     checksum: Tensor | None
-    """Of the whole input, where the other ranks' slices are to be checked against it."""
+    """Of the whole input, where it is to be compared with that of the other ranks."""
 
     def restore(self) -> Tensor:
         with torch.no_grad():
             flat = gather(self.fetch(), self.place)
             # Detached, so that autograd does not take it for a view that a function may not write to.
             tensor = flat.as_strided(self.size, self.stride).detach()
-            if self.checksum is not None and not torch.equal(self.checksum, _checksum(flat[: tensor.numel()])):
+            # Those of all ranks, so that all of them raise: one alone would leave the others waiting for it.
+            if self.checksum is not None and gather(self.checksum.view(1), self.place).unique().numel() > 1:
                 raise EngineError(
                     "partition_activations divides inputs that every rank of the model-parallel group has alike, and "
                     "the ranks have different ones",

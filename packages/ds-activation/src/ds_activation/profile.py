@@ -142,7 +142,8 @@ class Measurement:
         versions = [tensor._version for tensor in tensors]
 
         def once(*contexts: Any) -> tuple[Any, float]:
-            with as_before(block, self._device):
+            # With hooks of its own: those of a checkpoint around the block count what is saved.
+            with as_before(block, self._device), Saved().hooks():
                 return timed(function, args, kwargs, self._device, contexts)
 
         saved = Saved()

@@ -8,13 +8,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ds_activation.host_copies import host_copies
+from ds_activation.host_copies import clear_all
 from ds_activation.kept import Buffers, Keeping
 from ds_activation.model_parallel import ALONE, place_in, refuse_no_mpu
 from ds_core import log
-from ds_core.accelerator import get_accelerator
 from ds_core.config import examine
 from ds_core.config.problems import raise_problems, validate
 from ds_core.config.sections.activation import ActivationCheckpointingSection
@@ -193,8 +190,9 @@ def is_configured() -> bool:
 
 def reset() -> None:
     """Let go of the memory in which inputs are kept: after a forward that gets no backward."""
-    current().buffers.clear()
-    host_copies(torch.device(get_accelerator().current_device_name())).clear()
+    for buffers in list(Buffers.everywhere):
+        buffers.clear()
+    clear_all()
 
 
 def set_num_layers(num_layers: int) -> None:

@@ -14,6 +14,7 @@ tensor([2.7183, 2.7183])
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ds_core import registry
@@ -21,6 +22,8 @@ from ds_core.errors import MissingPackageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from ds_core.interfaces.activation import ActivationCheckpointing
 
 __all__ = ["checkpoint", "deepspeed_shape"]
 
@@ -50,17 +53,31 @@ _THEIRS = frozenset(
         "set_num_layers",
     }
 )
-"""Names of DeepSpeed's module that ds-activation brings."""
+"""Names of DeepSpeed's module that ds-activation brings, for the error where it is missing; it has more."""
 
 
-def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def checkpoint(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Return ``function(*args, **kwargs)``, its inner activations computed again in backward.
 
     Done by ds-activation where it is installed, as ``configure`` has set it up, else by torch. What the function
     returns has the shape of :func:`deepspeed_shape`.
     """
+    import torch
+
+    if torch.compiler.is_compiling():
+        # torch.compile follows torch's own, which is what ds-activation would call too, but not our lookup.
+        from ds_core.activation.torch_checkpoint import TorchActivation
+
+        return deepspeed_shape(TorchActivation().checkpoint(function, *args, **kwargs))
     name = "deepspeed" if "deepspeed" in registry.names("activation") else "torch"
-    return deepspeed_shape(registry.load("activation", name)().checkpoint(function, *args, **kwargs))
+    return deepspeed_shape(_built(name).checkpoint(function, *args, **kwargs))
+
+
+@cache
+def _built(name: str) -> ActivationCheckpointing:
+    # Once: the lookup reads metadata, which takes longer than the call.
+    found: ActivationCheckpointing = registry.load("activation", name)()
+    return found
 
 
 def deepspeed_shape(output: Any) -> Any:
@@ -78,14 +95,19 @@ def deepspeed_shape(output: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _THEIRS:
-        raise AttributeError(f"module 'ds_core.checkpointing' has no attribute {name!r}")
+    unknown = AttributeError(f"module 'ds_core.checkpointing' has no attribute {name!r}")
+    if name.startswith("__"):
+        raise unknown
     try:
         module = importlib.import_module(_MODULE)
     except ModuleNotFoundError as error:
         if error.name != _MODULE:
             raise  # it is installed, and misses something itself
+        if name not in _THEIRS:
+            raise unknown from error
         raise MissingPackageError(
             f"ds_core.checkpointing.{name} needs {_PACKAGE}: pip install {_PACKAGE}", fix=f"pip install {_PACKAGE}"
         ) from error
+    if not hasattr(module, name):
+        raise unknown
     return getattr(module, name)

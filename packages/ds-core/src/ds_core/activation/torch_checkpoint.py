@@ -17,7 +17,7 @@ __all__ = ["TorchActivation"]
 class TorchActivation(ActivationCheckpointing):
     """``torch.utils.checkpoint``, not reentrant: parameters get gradients also where no input needs one."""
 
-    def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def checkpoint(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Return ``function(*args, **kwargs)``; it runs a second time in backward, from the same random state.
 
         All of ``kwargs`` are the function's own, ``use_reentrant`` too. The random state is that of the CPU and of

@@ -6,7 +6,7 @@ What a mistake in the configuration can break is checked by :func:`choose` befor
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,6 @@ from ds_core.engine.groups import check_ranks_agree, check_strangers, groups_to_
 from ds_core.engine.observers import MonitorObserver, ProgressLine
 from ds_core.engine.parts import Accumulation, Clip, Parts, ScheduleStep
 from ds_core.errors import ConfigError, EngineError
-from ds_core.interfaces.activation import Attached
 from ds_core.interfaces.engine import EngineProvider
 from ds_core.interfaces.logical import logical_name
 from ds_core.interfaces.partition import Partition, PartitionInputs
@@ -203,7 +202,6 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
     )
     _warn_of_dtypes(partition)
     _warn_of_vocabulary(config)
-    activation = Attached() if choice.activation is None else choice.activation().attach(module, config, group, device)
     optimizer = schedule = None
     if trains:
         optimizer = _optimizer(arguments, partition)
@@ -226,7 +224,6 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
         ),
         group=group,
         world_size=comm.get_world_size(group),
-        activation=activation,
         observers=_observers(config, choice),
     )
     engine = DeepSpeedEngine(module, parts, config, device=device)
@@ -235,6 +232,9 @@ def build_engine(arguments: Arguments) -> DeepSpeedEngine:
     engine.client_optimizer, engine.client_lr_scheduler = arguments.optimizer, arguments.lr_scheduler
     if arguments.training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(arguments.training_data, collate_fn=arguments.collate_fn)
+    if choice.activation is not None:
+        # Last: it changes the caller's model, which an initialize that fails leaves to him.
+        engine.parts = replace(parts, activation=choice.activation().attach(module, config, group, device))
     return engine
 
 

@@ -48,7 +48,7 @@ class ActivationCheckpointing(ABC):
         """
 
     @abstractmethod
-    def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def checkpoint(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Return ``function(*args, **kwargs)``, its inner activations computed again in backward.
 
         Outputs and gradients equal those without it, random layers included.
