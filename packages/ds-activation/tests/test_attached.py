@@ -524,6 +524,30 @@ def test_flags_hold_while_the_forward_runs() -> None:
         assert settings.current() == settings.Settings()
 
 
+def test_a_section_says_what_it_gives_and_configure_the_rest() -> None:
+    from ds_activation import settings
+
+    attached = attach(build("gpt"), number_checkpoints=3, profile=False)
+    for flag in (True, False):  # also after the first forward
+        settings.configure(None, checkpoint_in_cpu=flag, num_checkpoints=5)
+        with attached.active():
+            assert settings.current().cpu_checkpointing is flag
+            assert settings.current().number_checkpoints == 3
+    settings.forget()
+
+
+def test_a_tensor_changed_before_backward_is_seen_in_the_measured_forward() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    attached = attach(model, policy="auto", memory_budget=10**6)
+    with attached.active():
+        h = model(torch.ones(2, 4))
+        loss = (h * h).sum()
+    with torch.no_grad():
+        h.add_(100)
+    with pytest.raises(EngineError, match="modified in place"):
+        loss.backward()
+
+
 @pytest.mark.parametrize(
     ("keys", "words"),
     [

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ds_activation import forwards as forwards_module
 from ds_activation.choice import Decision
 from ds_activation.forwards import attach_forwards
+from ds_core.errors import EngineError
 
 
 class Block(nn.Module):
@@ -80,6 +81,18 @@ def test_gradients_and_running_statistics_are_the_same(decision: Decision, times
     for left, right in zip(gradients(plain, times), gradients(other, times), strict=True):
         assert torch.equal(left, right)
     assert bool(host.sent) is (decision is Decision.OFFLOAD)
+
+
+@pytest.mark.parametrize("what", ["input", "weight"])
+def test_offload_sees_what_is_changed_before_backward(what: str, host: Host) -> None:
+    _, other = pair(Decision.OFFLOAD)
+    h = torch.randn(5, 6, requires_grad=True) * 1
+    loss = other(h).square().sum()
+    changed = h if what == "input" else next(param for param in other.parameters() if param.dim() > 1)
+    with torch.no_grad():
+        changed.add_(100)
+    with pytest.raises(EngineError, match="modified in place"):
+        loss.backward()
 
 
 def test_selective_keeps_running_statistics(host: Host) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from ds_activation.profile import Measurement
 from ds_activation.report import as_text, choice_table, summary
 from ds_core.comm.together import values_of_ranks
 from ds_core.config.sections.activation import ActivationCheckpointingSection
-from ds_core.errors import ConfigError
+from ds_core.errors import ConfigError, few
 from ds_core.interfaces.activation import ActivationCheckpointing, Attached
 from ds_core.log import log_dist
 
@@ -79,17 +80,18 @@ def _section(config: Config) -> ActivationCheckpointingSection:
 
 
 def _settings(section: ActivationCheckpointingSection) -> settings.Settings | None:
-    """Return the flags of ``section``, or None where it gives none: those of ``configure`` hold then."""
-    if not section.model_fields_set - _OF_POLICIES:
+    """Return the flags that ``section`` gives, over those of ``configure``; None where it gives none."""
+    flags = section.model_fields_set - _OF_POLICIES
+    if not flags:
         return None
-    mpu = settings.current().mpu
-    if section.partition_activations and mpu is None:
+    configured = settings.configured()
+    if section.partition_activations and configured.mpu is None:
         raise ConfigError(
             "partition_activations divides inputs over the ranks of an mpu, and there is none",
             where=f"{_SECTION}.partition_activations",
             fix="call checkpointing.configure(mpu) before initialize, or leave it out",
         )
-    return settings.Settings.from_section(section, mpu)
+    return replace(configured, **{name: getattr(section, name) for name in flags})
 
 
 class _AttachedPolicy(Attached):
@@ -98,8 +100,11 @@ class _AttachedPolicy(Attached):
     def __init__(
         self, module: nn.Module, section: ActivationCheckpointingSection, group: ProcessGroup, device: torch.device
     ) -> None:
-        self._settings = _settings(section)
+        _settings(section)
         self._section, self._group, self._device = section, group, device
+        self._configured: settings.Settings | None = None
+        self._settings: settings.Settings | None = None
+        """The section's flags over those of ``_configured``."""
         self._forwards: list[CheckpointedForward] = []
         self._choice: Choice | None = None
         self._is_waiting = section.policy == "auto"
@@ -109,6 +114,7 @@ class _AttachedPolicy(Attached):
         self._module = weakref.ref(module)
         blocks = find_blocks(module, section.modules)
         self._names = [name for name, _ in blocks]
+        log_dist(f"activation checkpointing: policy {section.policy} is for {len(blocks)} blocks: {few(self._names)}")
         self._forwards = attach_forwards(blocks, decide(section.policy, len(blocks), section.interval))
 
     def active(self) -> AbstractContextManager[object]:
@@ -132,14 +138,16 @@ class _AttachedPolicy(Attached):
         self._is_waiting = False
 
     def _in_force(self) -> AbstractContextManager[object]:
+        configured = settings.configured()
+        if configured is not self._configured:  # configure was called since
+            self._configured, self._settings = configured, _settings(self._section)
         return nullcontext() if self._settings is None else settings.in_force(self._settings)
 
     @contextmanager
     def _measured(self) -> Iterator[None]:
         module = self._module()
         assert module is not None, "a forward of a module that is gone"
-        # On a CPU there is no other memory to go to.
-        measurement = Measurement(module, self._names, self._device, can_offload=self._device.type != "cpu")
+        measurement = Measurement(module, self._names, self._device)
         for forward in self._forwards:
             forward.measurement = measurement
         try:

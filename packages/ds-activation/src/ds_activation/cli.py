@@ -70,7 +70,7 @@ def profile(
     console.print(block_table(found))
     console.print(policy_table(points))
     if png is not None:
-        draw(points, png)
+        draw(found, points, png)
         console.print(f"drawn: {png}")
 
 

@@ -41,13 +41,15 @@ def policies(profile: ModelProfile, budget_bytes: int | None = None) -> list[Poi
     intervals = [interval for interval in INTERVALS if interval <= count]
     found += [Point(f"every_n, {n}", predict(profile, decide("every_n", count, n))) for n in reversed(intervals)]
     found.append(Point("full", predict(profile, decide("full", count, 1))))
-    least, most = least_peak(profile), found[0].choice.peak_bytes
-    steps = range(BUDGETS) if most > least else range(1)
-    budgets = [least + (most - least) * step // (BUDGETS - 1) for step in steps]
-    if budget_bytes is not None:
-        budgets = [budget_bytes]
-    found += [Point(f"auto, {_mib(budget)}", solve(profile, budget)) for budget in reversed(budgets)]
+    budgets = _budgets(profile, found[0].choice.peak_bytes) if budget_bytes is None else [budget_bytes]
+    found += [Point(f"auto, {_mib(budget)}", solve(profile, budget)) for budget in budgets]
     return found
+
+
+def _budgets(profile: ModelProfile, most: int) -> list[int]:
+    least = least_peak(profile)
+    steps = range(BUDGETS) if most > least else range(1)
+    return [most - (most - least) * step // (BUDGETS - 1) for step in steps]
 
 
 def _mib(nbytes: int) -> str:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ds_activation import settings
 from ds_activation.call import run
 from ds_activation.choice import Decision
-from ds_activation.host_copies import host_copies
+from ds_activation.host_copies import Handle, host_copies
 from ds_activation.selective import selective_contexts, without_cached_casts
 from ds_activation.storages import fixed_storages, storages_of
 from ds_core.errors import EngineError
@@ -224,7 +224,7 @@ def _offloaded(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         nonlocal copies
         storages = list(storages_of(tensor))
         if not torch._C._has_storage(tensor) or not storages or any(one._cdata in stay for one in storages):
-            return tensor.detach()  # without the graph, which would lead back to here
+            return Handle(tensor)  # which sees whether it is changed; torch does not, where hooks are set
         storage = storages[0]
         # What several ops save is copied once. A storage that is gone may have another in its place.
         key = (storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
@@ -233,7 +233,7 @@ def _offloaded(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             return known[1]
         # No tensor stays: the budget counts on it.
         copies = copies or host_copies(tensor.device, keep_last=0)
-        moved = _Moved(copies.to_host(tensor))
+        moved = copies.to_host(tensor)
         taken[key] = weakref.ref(storage), moved
         return moved
 
@@ -241,10 +241,5 @@ def _offloaded(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         yield
 
 
-class _Moved:
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
-
-
 def _fetch(packed: Any) -> Any:
-    return packed.handle.restore() if isinstance(packed, _Moved) else packed
+    return packed.restore()

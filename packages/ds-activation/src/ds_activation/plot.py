@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ds_activation.report import costs_of_blocks
 from ds_core.errors import MissingPackageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from ds_activation.choice import ModelProfile
     from ds_activation.curve import Point
 
 __all__ = ["check_matplotlib", "draw"]
@@ -29,14 +31,16 @@ def check_matplotlib() -> None:
         )
 
 
-def draw(points: Sequence[Point], path: Path) -> None:
-    """Write a PNG: peak MiB of saved activations over the extra milliseconds of a step, ``auto`` as a line."""
+def draw(profile: ModelProfile, points: Sequence[Point], path: Path) -> None:
+    """Write a PNG: memory of the policies over their time, ``auto`` as a line; what blocks save, and take again."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = plt.figure(figsize=(11, 5), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(3, 2))
+    axes = figure.add_subplot(grid[:, 0])
     auto = [point for point in points if point.policy.startswith("auto")]
     axes.plot(*_places(auto), marker=".", color="tab:blue", label="auto, by budget")
     for point in points:
@@ -49,6 +53,19 @@ def draw(points: Sequence[Point], path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.legend()
     axes.grid(alpha=0.3)
+    costs = costs_of_blocks(profile)
+    for row, (values, what) in enumerate(
+        (
+            ([nbytes / 2**20 for nbytes in costs.saved_bytes], "saved, MiB"),
+            ([1000 * seconds for seconds in costs.again_seconds], "computed again, ms"),
+        )
+    ):
+        bars = figure.add_subplot(grid[row, 1])
+        bars.bar(range(len(values)), values, color="tab:gray")
+        bars.set_ylabel(what)
+        # Names of many blocks would cover each other.
+        step = -(-len(values) // 12)
+        bars.set_xticks(range(0, len(values), step), profile.blocks[::step], rotation=60, ha="right", fontsize=7)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

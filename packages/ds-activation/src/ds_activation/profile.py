@@ -74,14 +74,15 @@ class Measurement:
         module: the model; what it has of parameters and buffers is not counted.
         names: of the blocks.
         device: of the model.
-        can_offload: whether there is other memory than the device's.
+        can_offload: whether there is other memory than the device's; None: there is, but on a CPU.
     """
 
     def __init__(
-        self, module: nn.Module, names: Sequence[str], device: torch.device, *, can_offload: bool = False
+        self, module: nn.Module, names: Sequence[str], device: torch.device, *, can_offload: bool | None = None
     ) -> None:
         self._module, self._names, self._device = weakref.ref(module), tuple(names), device
-        self._rates = seconds_per_byte(device) if can_offload else None
+        is_offered = device.type != "cpu" if can_offload is None else can_offload
+        self._rates = seconds_per_byte(device) if is_offered else None
         self._known, self._saved = Known(), Saved()
         self._calls: list[Call] = []
         self._fixed: frozenset[int] = frozenset()

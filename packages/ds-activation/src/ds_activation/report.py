@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ds_activation.choice import Choice, Decision, predict
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ds_activation.choice import ModelProfile
     from ds_activation.curve import Point
 
-__all__ = ["as_text", "block_table", "choice_table", "policy_table", "summary"]
+__all__ = ["BlockCosts", "as_text", "block_table", "choice_table", "costs_of_blocks", "policy_table", "summary"]
 
 _MIB = 2**20
 
@@ -43,17 +43,33 @@ def choice_table(profile: ModelProfile, choice: Choice, budget_bytes: int) -> Ta
     return table
 
 
+class BlockCosts(NamedTuple):
+    """What each block costs, in the order of the profile's."""
+
+    saved_bytes: list[int]
+    """Where every block is kept; a storage that several hold is in the first one's."""
+    again_seconds: list[float]
+    """To compute it again."""
+    outside_bytes: int
+    """What the rest of the model saves."""
+
+
+def costs_of_blocks(profile: ModelProfile) -> BlockCosts:
+    """Return what each block saves, and what it takes to compute it again."""
+    all_kept = predict(profile, (Decision.KEEP,) * len(profile.blocks))
+    saved, _ = _by_block(profile, all_kept)
+    _, again = _by_block(profile, predict(profile, (Decision.RECOMPUTE,) * len(profile.blocks)))
+    return BlockCosts(saved, again, all_kept.saved_bytes - sum(saved))
+
+
 def block_table(profile: ModelProfile) -> Table:
     """Return a row per block: what it saves when it is kept, and what it takes to compute it again."""
     from rich import box
     from rich.table import Table
 
     table = Table(title="what a forward keeps for backward", box=box.SIMPLE_HEAD, show_footer=True)
-    all_kept = predict(profile, (Decision.KEEP,) * len(profile.blocks))
-    saved, _ = _by_block(profile, all_kept)
-    _, again = _by_block(profile, predict(profile, (Decision.RECOMPUTE,) * len(profile.blocks)))
-    rest = all_kept.saved_bytes - sum(saved)
-    table.add_column("block", footer=f"{len(profile.blocks)} blocks; {rest / _MIB:.2f} MiB outside of them")
+    saved, again, outside = costs_of_blocks(profile)
+    table.add_column("block", footer=f"{len(profile.blocks)} blocks; {outside / _MIB:.2f} MiB outside of them")
     table.add_column("saved MiB", justify="right", footer=f"{sum(saved) / _MIB:.2f}")
     table.add_column("again, ms", justify="right", footer=f"{1000 * sum(again):.2f}")
     for name, nbytes, seconds in zip(profile.blocks, saved, again, strict=True):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Settings",
     "configure",
+    "configured",
     "current",
     "forget",
     "in_force",
@@ -96,6 +97,11 @@ _FLAGS = tuple(each.name for each in fields(Settings) if each.init and each.name
 _configured = Settings()
 _is_configured = False
 _of_engine: ContextVar[Settings | None] = ContextVar("ds_activation_settings", default=None)
+
+
+def configured() -> Settings:
+    """Return the settings of :func:`configure`; the same object until it is called again."""
+    return _configured
 
 
 def current() -> Settings:

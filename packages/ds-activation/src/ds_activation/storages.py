@@ -9,6 +9,8 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from ds_activation.host_copies import Handle
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -74,20 +76,23 @@ class Saved:
         return [(one.place, one.tensor) for one in sorted(self._packed, key=lambda one: one.at)]
 
     def _pack(self, tensor: Tensor) -> Any:
-        # The result of an op that saves its result leads back to that op: a cycle nobody would ever free.
-        tensor = tensor.detach()
         if not self.is_on:
-            return tensor
+            return Handle(tensor)
         self._count += 1
         packed = _Packed(tensor, self.place, self._count)
         self._packed.add(packed)
         return packed
 
 
-class _Packed:
+class _Packed(Handle):
     def __init__(self, tensor: Tensor, place: int, at: int) -> None:
-        self.tensor, self.place, self.at = tensor, place, at
+        super().__init__(tensor)
+        self.place, self.at = place, at
+
+    @property
+    def tensor(self) -> Tensor:
+        return self._tensor
 
 
-def _unpack(packed: Any) -> Any:
-    return packed.tensor if isinstance(packed, _Packed) else packed
+def _unpack(packed: Handle) -> Tensor:
+    return packed.restore()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CAP", "Pair", "Path", "Walk"]
 
-CAP = 20_000
+CAP = 4_000
 """Pairs of bytes and seconds that the solver keeps at a time; above, it merges."""
 MERGED = 0.01
 """Merging moves no pair by more than this part of the bytes between the least and the most, over all blocks."""
