@@ -22,6 +22,7 @@ from torch.nn import functional as F
 import ds_core
 from ds_activation.attached import DeepSpeedActivation
 from ds_activation.blocks import find_blocks
+from ds_activation.call import RecomputationError
 from ds_activation.choice import Decision, least_peak, predict
 from ds_activation.forwards import CheckpointedForward, attach_forwards
 from ds_activation.profile import profile
@@ -641,10 +642,32 @@ class Moving(nn.Module):
 def test_a_block_that_moves_its_buffers_is_refused(policy: str) -> None:
     model = nn.Sequential(Moving(), Moving())
     attach(model, policy=policy)
-    with pytest.raises(EngineError, match="changes its buffer 'mean'"):
+    with pytest.raises(EngineError, match="block '0' changes its buffer 'mean'"):
         model(torch.randn(3, 4))
     with torch.no_grad():
         model(torch.randn(3, 4))
+
+
+class Counting(nn.Module):
+    """Does more in every other run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.runs = nn.Linear(4, 4), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        y = self.linear(x).exp()
+        return y.sin().exp() if self.runs % 2 else y
+
+
+@pytest.mark.parametrize("policy", ["full", "every_n"])
+def test_a_block_that_does_something_else_in_its_second_run_is_named(policy: str) -> None:
+    model = nn.Sequential(nn.Sequential(Counting(), Counting()))
+    attach(model, policy=policy)
+    loss = model(torch.randn(3, 4)).sum()
+    with pytest.raises(RecomputationError, match=r"block '0\.[01]', computed again in backward, is not what it was"):
+        loss.backward()
 
 
 class CheckpointsItself(nn.Module):

@@ -8,6 +8,10 @@ empty tensor of their device, by which it knows whose random state to keep.
 Note: contexts. What a recomputation needs is brought back in the context around it, before that of the caller: a
 selective one counts the operations of the function, and would count ours. torch enters one context object again for
 each backward, so its parts are made anew each time (:class:`_Anew`).
+
+Note: names. torch says that a recomputation differed, not of what. What it raises passes through the hook by which
+backward asks for a saved tensor, and torch's own is on top when the first run begins: around it goes one that knows the
+name.
 """
 
 from __future__ import annotations
@@ -21,12 +25,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import CheckpointError as TorchCheckpointError
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from ds_activation import settings as settings_module
 from ds_activation.rng import get_cuda_rng_tracker, replay
 from ds_core.accelerator import get_accelerator
 from ds_core.checkpointing import deepspeed_shape
+from ds_core.errors import EngineError
 from ds_core.log import log_dist
 
 if TYPE_CHECKING:
@@ -40,10 +46,14 @@ if TYPE_CHECKING:
 
     Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
-__all__ = ["checkpoint", "non_reentrant_checkpoint", "run", "shaped_checkpoint"]
+__all__ = ["RecomputationError", "checkpoint", "non_reentrant_checkpoint", "run", "shaped_checkpoint"]
 
 _is_inside: ContextVar[bool] = ContextVar("ds_activation_inside", default=False)
 """Whether a checkpointed function runs: its first run, or its recomputation."""
+
+
+class RecomputationError(EngineError, TorchCheckpointError):
+    """What was computed again in backward is not what the forward computed."""
 
 
 def checkpoint(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -70,6 +80,7 @@ def run(
     settings: Settings,
     *,
     context_fn: Contexts | None = None,
+    name: str | None = None,
 ) -> Any:
     """Return what ``function(*args, **kwargs)`` returns; what backward needs of its inside is computed again there.
 
@@ -82,19 +93,20 @@ def run(
         kwargs: by name, all of them the function's own.
         settings: what happens to the inputs, and what is logged.
         context_fn: as ``torch.utils.checkpoint.checkpoint`` takes it: returns the contexts of the two runs.
+        name: what errors and the log call the function; None: its own.
 
     Raises:
-        torch.utils.checkpoint.CheckpointError: in backward: the second run differed from the first.
+        RecomputationError: in backward: the second run differed from the first. Also torch's ``CheckpointError``.
     """
     if torch.compiler.is_compiling():
         return _as_torch_does(function, args, kwargs, context_fn)
     is_watched = settings.synchronize_checkpoint_boundary or settings.profile
     if not torch.is_grad_enabled():
-        with _watched(settings, "forward", function):
+        with _watched(settings, "forward", name or _name(function)):
             return function(*args, **kwargs)
     keeping = None if _is_inside.get() else settings.keeping()
     leaves, spec = tree_flatten((args, dict(kwargs)))
-    call = _Call(function, args, kwargs, spec)
+    call = _Call(function, name or _name(function), args, kwargs, spec)
     if keeping is not None:
         leaves = call.keep(leaves, keeping.keep)
     options: dict[str, Any] = {}
@@ -125,9 +137,10 @@ class _Call:
     """The function that torch runs twice; lives until backward has let go of its graph."""
 
     def __init__(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], spec: TreeSpec
+        self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], spec: TreeSpec
     ) -> None:
-        self.function = function
+        self._function = function
+        self.name = name
         self._first: tuple[tuple[Any, ...], Mapping[str, Any]] | None = (args, kwargs)
         self._spec = spec
         self._kept: dict[int, Kept] = {}
@@ -164,7 +177,8 @@ class _Call:
             args, kwargs = self._first
             self._first = None
             try:
-                return self._run(args, kwargs)
+                with _naming(self.name):
+                    return self._run(args, kwargs)
             except BaseException as error:
                 # Raised by outcome: before 2.13 torch leaves its hooks in place where a function raises.
                 self._error = error
@@ -189,9 +203,30 @@ class _Call:
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         token = _is_inside.set(True)
         try:
-            return self.function(*args, **kwargs)
+            return self._function(*args, **kwargs)
         finally:
             _is_inside.reset(token)
+
+
+def _naming(name: str) -> AbstractContextManager[Any]:
+    """Return the hooks on top, torch's for a checkpointed function, so that errors of a recomputation say whose."""
+    pack, unpack = torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+    def named(held: Any) -> Any:
+        try:
+            return unpack(held)
+        except RecomputationError:
+            raise  # of a call within this one
+        except TorchCheckpointError as error:
+            raise RecomputationError(
+                f"{name}, computed again in backward, is not what it was in the forward: "
+                + str(error).partition("\nTip:")[0].strip(),
+                where="activation checkpointing",
+                fix="let it do the same in both runs: nothing may depend on a counter, a cache, or random numbers of "
+                "Python or NumPy; torch.utils.checkpoint.set_checkpoint_debug_enabled(True) shows both, op by op",
+            ) from error
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, named)
 
 
 def _contexts(
@@ -201,12 +236,12 @@ def _contexts(
     of_forward, of_recomputation = (None, None) if theirs is None else theirs()
 
     def enter_forward(stack: ExitStack) -> None:
-        stack.enter_context(_watched(settings, "forward", call.function))
+        stack.enter_context(_watched(settings, "forward", call.name))
         if of_forward is not None:
             stack.enter_context(of_forward)
 
     def enter_recomputation(stack: ExitStack) -> None:
-        stack.enter_context(_watched(settings, "recomputation", call.function))
+        stack.enter_context(_watched(settings, "recomputation", call.name))
         stack.enter_context(replay(states))
         call.restore()
         if of_recomputation is not None:
@@ -234,7 +269,7 @@ class _Anew:
 
 
 @contextmanager
-def _watched(settings: Settings, what: str, function: Callable[..., Any]) -> Iterator[None]:
+def _watched(settings: Settings, what: str, name: str) -> Iterator[None]:
     """Wait for the device at both ends, and log the time between them, as far as it is asked for."""
     if not (settings.synchronize_checkpoint_boundary or settings.profile):
         yield
@@ -247,7 +282,7 @@ def _watched(settings: Settings, what: str, function: Callable[..., Any]) -> Ite
     finally:
         accelerator.synchronize()
         if settings.profile:
-            log_dist(f"{what} of {_name(function)}: {1000 * (time.perf_counter() - started):.2f} ms")
+            log_dist(f"{what} of {name}: {1000 * (time.perf_counter() - started):.2f} ms")
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -35,8 +35,8 @@ def attach_forwards(
 ) -> list[CheckpointedForward]:
     """Exchange the forwards of ``blocks``, whose names, classes and states stay; ``detach`` of each puts it back."""
     forwards = []
-    for at, ((_, block), decision) in enumerate(zip(blocks, decisions, strict=True)):
-        forwards.append(CheckpointedForward(block, decision, at))
+    for at, ((name, block), decision) in enumerate(zip(blocks, decisions, strict=True)):
+        forwards.append(CheckpointedForward(block, decision, at, name))
         block.forward = forwards[-1]
     return forwards
 
@@ -50,11 +50,12 @@ class CheckpointedForward:
     measurement: Measurement | None = None
     """Set while a forward is measured; not copied."""
 
-    def __init__(self, block: nn.Module, decision: Decision, at: int) -> None:
+    def __init__(self, block: nn.Module, decision: Decision, at: int, name: str) -> None:
         # Weak, or the block would go only when Python looks for cycles, and its parameters with it.
         self._block = weakref.ref(block)
         self._before: Callable[..., Any] | None = block.__dict__.get("forward")
         self.decision, self.at, self.is_on = decision, at, True
+        self._name = f"the block {name!r}"
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -102,12 +103,12 @@ class CheckpointedForward:
         if norms:
             contexts = functools.partial(_statistics_kept, norms, contexts)
         buffers = _buffers(self._block(), norms)
-        result = run(function, args, kwargs, settings.current(), context_fn=contexts)
+        result = run(function, args, kwargs, settings.current(), context_fn=contexts, name=self._name)
         changed = [name for name, was in buffers.items() if _buffers(self._block(), norms).get(name) != was]
         if changed:
             raise EngineError(
-                f"the block changes its buffer {changed[0]!r}, so computed again it would see another value, and count "
-                "twice",
+                f"{self._name} changes its buffer {changed[0]!r}, so computed again it would see another value, and "
+                "count twice",
                 where="activation checkpointing, a forward with gradients on",
                 fix='leave the block out of "modules", or keep what changes outside of it',
             )
