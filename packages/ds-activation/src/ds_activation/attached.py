@@ -46,19 +46,12 @@ class DeepSpeedActivation(ActivationCheckpointing):
 
     @classmethod
     def check_config(cls, config: Config) -> None:
-        """Refuse ``auto`` without a budget, flags that contradict each other, and what needs an ``mpu``.
+        """Refuse flags that contradict each other or those of ``configure``, and what needs an ``mpu``.
 
         Raises:
             ConfigError: it cannot be.
         """
-        section = _section(config)
-        if section.policy == "auto" and section.memory_budget is None:
-            raise ConfigError(
-                "policy is 'auto' and there is no memory_budget",
-                where=f"{_SECTION}.memory_budget",
-                fix="give the bytes that saved activations may take, or another policy",
-            )
-        _settings(section)
+        _settings(_section(config))
 
     def checkpoint(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Return ``function(*args, **kwargs)``; inputs are kept as the settings in force say."""
@@ -160,7 +153,7 @@ class _AttachedPolicy(Attached):
 
     def _choose(self, mine: ModelProfile) -> None:
         budget = self._section.memory_budget
-        assert budget is not None  # check_config
+        assert budget is not None  # a rule of the configuration
         self._is_waiting = False
         profile = merge(values_of_ranks(mine, self._group))
         if profile is None or not profile.calls:

@@ -294,7 +294,7 @@ def test_check_holds_options_against_the_class_of_the_chosen_plugin(engines: Any
 def test_check_says_so_where_options_stay_unchecked(engines: Any) -> None:
     assert checked(engines, engine="heavy_one") == [OK]
     ok, note = checked(engines, engine="heavy_one", heavy_one={"treads": 2})
-    needs = "asking ds-engines about them needs torch; initialize checks them"
+    needs = "asking ds-engines needs torch; initialize checks them"
     assert (ok, note) == (OK, f"  note: checkpoint.heavy_one: unchecked: {needs}")
     ok, note = checked(engines, engine="elsewhere", elsewhere={"treads": 2})
     needs = 'initialize needs a package that brings the checkpoint "elsewhere", and none is installed here'
@@ -315,6 +315,59 @@ def test_explain_tells_problems_and_gaps_of_options_too(engines: Any) -> None:
     for name, words in (("light_one", "did you mean"), ("heavy_one", "checkpoint.heavy_one: unchecked")):
         path.write_text(json.dumps({"checkpoint": {"engine": name, name: {"treads": 2}}}))
         assert words in engines.ds("config", "explain", str(path)).stdout
+
+
+@pytest.fixture
+def partitions(site: Any) -> Any:
+    """A package of partitions: two refuse clipping, in other words, one needs torch, one cannot be imported."""
+    refuse = (
+        "from ds_core.errors import ConfigError\n"
+        "class Refuses:\n"
+        "    Config = None\n"
+        "    text = '{text}'\n"
+        "    @classmethod\n"
+        "    def check_config(cls, config):\n"
+        "        if config.gradient_clipping:\n"
+        "            raise ConfigError(cls.text, where=config.where, fix='set it to 0')\n"
+    )
+    section = "zero_optimization.overlap_comm: got true, and gradients are clipped"
+    site.module("refuses", refuse.format(text=section))
+    site.module("refuses_it_all", refuse.format(text="gradients: they are clipped"))
+    site.module("heavy", "import torch")
+    site.module("broken", "import no_such_module")
+    entries = {"one": "refuses:Refuses", "all": "refuses_it_all:Refuses", "heavy": "heavy:P", "broken": "broken:P"}
+    site.distribution("ds-parts", entries, seam="partition")
+    return site
+
+
+def partition_checked(site: Any, name: str, **keys: Any) -> list[str]:
+    path = site.folder / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"overlap_comm": True}, "partition": {"type": name}, **keys}))
+    return [line.replace(f"{path}", "ds.json") for line in site.ds("config", "check", str(path)).stdout.splitlines()]
+
+
+def test_check_asks_the_partition_what_it_refuses(partitions: Any) -> None:
+    ok = "ds.json: ok: {}, fp32, no optimizer"
+    assert partition_checked(partitions, "one", gradient_clipping=0) == [ok.format("one")]
+    assert partition_checked(partitions, "one") == [
+        "ds.json:1:24: zero_optimization.overlap_comm: got true, and gradients are clipped",
+        "  fix: set it to 0",
+    ]
+    # The text begins with no key, so it is told at the one that asks for the partition.
+    assert partition_checked(partitions, "all") == [
+        "ds.json:1:61: partition.type: gradients: they are clipped",
+        "  fix: set it to 0",
+    ]
+    assert partition_checked(partitions, "heavy") == [
+        ok.format("heavy"),
+        "  note: partition.type: unchecked: asking ds-parts needs torch; initialize asks it what it refuses",
+    ]
+    # Told once, although it is asked for its options, too.
+    lines = partition_checked(partitions, "broken", partition={"type": "broken", "broken": {"a": 1}})
+    assert [line for line in lines if "cannot be imported" in line] == lines[:1]
+    # Where the section has problems, its values are not what was meant.
+    (line, _) = partition_checked(partitions, "one", zero_optimization={"overlap_com": True})
+    assert "unknown key" in line
 
 
 @pytest.mark.usefixtures("installed")

@@ -1,11 +1,11 @@
-"""ZeRO stages 1 and 2: every rank has the whole weights, and updates its share of them."""
+"""ZeRO stages 1 and 2: every rank has the whole weights, and updates its share of them.
+
+torch is imported where it is used: ``ds config`` asks the stages what they refuse, and does without torch.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
-
-import torch
-import torch.distributed as dist
 
 from ds_core.comm import all_or_none
 from ds_core.errors import ConfigError, EngineError, few
@@ -15,10 +15,7 @@ from ds_core.ops import best
 from ds_core.partition.arithmetic import plan_buckets
 from ds_core.partition.changes import ModelWatch
 from ds_core.partition.division import division_of
-from ds_core.partition.stored import cast_stored, stored_pieces, trainable_but_not_optimized
-from ds_zero.gradients import ShardBucket, ShardedGradients
 from ds_zero.layout import cut, whole_each
-from ds_zero.weights import ShardedWeights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -60,6 +57,12 @@ class _Stage12(Partition):
             )
 
     def __init__(self, inputs: PartitionInputs) -> None:
+        import torch.distributed as dist
+
+        from ds_core.partition.stored import cast_stored, trainable_but_not_optimized
+        from ds_zero.gradients import ShardBucket, ShardedGradients
+        from ds_zero.weights import ShardedWeights
+
         super().__init__(inputs)
         group = inputs.group
         self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
@@ -157,6 +160,8 @@ class _Stage12(Partition):
         self._gradients.abort()
 
     def reduce(self) -> SquaredNorm:
+        import torch
+
         self._gradients.check_whole()
         self._gradients.wait()
         if not self.inputs.config.zero_optimization.ignore_unused_parameters:
@@ -213,6 +218,8 @@ class _Stage12(Partition):
             param.grad = None
 
     def pieces(self) -> Iterable[Piece]:
+        from ds_core.partition.stored import stored_pieces
+
         # Anew at each call: a model may rebind its buffers.
         masters = [self._piece(shard) for shard in self._weights.shards.values() if shard.has_master]
         return [*stored_pieces(self.inputs.module, self._world_size), *masters]

@@ -88,6 +88,16 @@ def _files_need_a_folder(config: Config) -> Iterator[Problem]:
             )
 
 
+def _auto_needs_a_budget(config: Config) -> Iterator[Problem]:
+    section = config.sections.get("activation_checkpointing")
+    if getattr(section, "policy", None) == "auto" and getattr(section, "memory_budget", None) is None:
+        yield Problem(
+            ("activation_checkpointing", "memory_budget"),
+            'is missing, and policy is "auto"',
+            'add "memory_budget", the bytes that saved activations may take, or take another policy',
+        )
+
+
 def _offload_ratio(config: Config) -> Iterator[Problem]:
     offload = config.zero_optimization.offload_optimizer
     if offload is not None and offload.ratio < 1 and config.zero_optimization.stage != 3:
@@ -139,6 +149,7 @@ RULES: list[tuple[set[str], Rule]] = [
     ({_STAGE, *_OFFLOAD}, _offload_at_stage),
     ({_STAGE, *_OFFLOAD}, _files_need_a_folder),
     ({_STAGE, *_OFFLOAD}, _offload_ratio),
+    ({"activation_checkpointing"}, _auto_needs_a_budget),
     ({_STAGE, "optimizer.type"}, _no_zero_with_one_bit),
     ({"optimizer.params"}, _no_max_grad_norm),
     ({"optimizer.type", "optimizer.params"}, _arguments("optimizer")),

@@ -43,6 +43,9 @@ class ActivationCheckpointing(ABC):
     def check_config(cls, config: Config) -> None:
         """Refuse what the section ``activation_checkpointing`` asks for, before a process group is touched.
 
+        It may look at what this process has set up, such as an mpu; what the section alone tells is a rule of the
+        configuration (``ds_core.config.checks``), which ``ds config check`` knows too.
+
         Raises:
             ConfigError: it cannot be.
         """

@@ -100,8 +100,12 @@ class Partition(ABC):
     def check_config(cls, config: WholeConfig) -> None:
         """Refuse what this partition cannot carry out. Called first, before a process group or a device is touched.
 
+        By the configuration alone: ``ds config check`` asks too, on any machine, where the class imports without torch.
+        Batch sizes may be open there.
+
         Raises:
-            ConfigError: what it is, and what to do instead.
+            ConfigError: what it is, and what to do instead. Where one key is to blame, the text begins with its path
+                and a colon.
         """
 
     def __init__(self, inputs: PartitionInputs) -> None:
