@@ -26,6 +26,7 @@ from ds_activation.call import RecomputationError
 from ds_activation.choice import Decision, least_peak, predict
 from ds_activation.forwards import CheckpointedForward, attach_forwards
 from ds_activation.profile import profile
+from ds_core import checkpointing
 from ds_core.config import load_config
 from ds_core.errors import ConfigError, EngineError
 from ds_core.testing.activation import ActivationContract
@@ -133,10 +134,43 @@ class Reused(nn.Module):
         return (x * early).mean()
 
 
+class Towers(nn.Module):
+    """What the first tower gives goes to all blocks of the second one, and comes from a list of another depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 32)
+        self.encoder, self.decoder = (nn.ModuleList(Block(32) for _ in range(depth)) for depth in (2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = y = self.embed(x)
+        shared = torch.ones(x.shape[1:]) * 0.5, torch.zeros(x.shape[1:])
+        for block in self.encoder:
+            x = block(x, shared)
+        for block in self.decoder:
+            y = block(y, (x, shared[1]))
+        return y.square().mean()
+
+
 def gpt2() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=3, n_embd=32, n_head=2, vocab_size=64, n_positions=32)
     return Loss(transformers.GPT2LMHeadModel(config))
+
+
+def t5() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        num_layers=2,
+        num_decoder_layers=3,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_heads=2,
+        vocab_size=64,
+        decoder_start_token_id=0,
+    )
+    return Loss(transformers.T5ForConditionalGeneration(config))
 
 
 def llama() -> nn.Module:
@@ -172,8 +206,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "mlp": (Mlp, lambda: torch.randn(64, 8)),
     "conv": (Conv, lambda: torch.randn(4, 3, 12, 12)),
     "reused": (Reused, lambda: torch.randn(4, 16, 8)),
+    "towers": (Towers, lambda: torch.randn(4, 16, 8)),
     "gpt2": (gpt2, tokens),
     "llama": (llama, tokens),
+    "t5": (t5, tokens),
 }
 POLICIES: dict[str, dict[str, Any]] = {
     "full": {"policy": "full"},
@@ -275,6 +311,17 @@ def test_gradients_are_the_same_bit_for_bit(name: str, policy: str) -> None:
         assert equal(step(name, model, attached.active()), step(name, plain))
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies_and_the_profile_are_for_the_blocks_of_both_towers(policy: str) -> None:
+    model = build("towers")
+    expected = ["encoder.0", "encoder.1", "decoder.0", "decoder.1", "decoder.2"]
+    assert list(profiled("towers", model).blocks) == expected
+    attached = attach(model, **POLICIES[policy], **({"memory_budget": 10**9} if policy == "auto" else {}))
+    exchanged = [name for name, one in model.named_modules() if isinstance(one.forward, CheckpointedForward)]
+    assert exchanged == expected
+    attached.detach()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_saved_bytes_are_as_predicted(name: str) -> None:
     model = build(name)
@@ -295,7 +342,7 @@ def test_saved_bytes_are_as_predicted(name: str) -> None:
         assert predict(found, decisions).saved_bytes == pytest.approx(measured, rel=TOL), policy
 
 
-@pytest.mark.parametrize("name", ["gpt", "masked gpt", "mlp", "conv", "reused", "llama"])
+@pytest.mark.parametrize("name", ["gpt", "masked gpt", "mlp", "conv", "reused", "towers", "llama"])
 def test_auto_stays_inside_the_budget(name: str) -> None:
     found = profiled(name, build(name))
     least = least_peak(found)
@@ -317,7 +364,15 @@ def test_auto_stays_inside_the_budget(name: str) -> None:
 
 
 # About four activations; in "reused" also gradients of parameters that wait for those of the other calls.
-_UNSAVED = {"gpt": 32_768, "masked gpt": 32_768, "mlp": 32_768, "conv": 12_800, "reused": 90_000, "llama": 32_768}
+_UNSAVED = {
+    "gpt": 32_768,
+    "masked gpt": 32_768,
+    "mlp": 32_768,
+    "conv": 12_800,
+    "reused": 90_000,
+    "towers": 32_768,
+    "llama": 32_768,
+}
 
 
 def _live_at_work(name: str, model: nn.Module, attached: Any) -> list[int]:
@@ -708,12 +763,98 @@ def _chosen_on_a_rank() -> tuple[list[str], int]:
     return [forward.decision.value for forward in attached._forwards], attached._choice.peak_bytes
 
 
-def test_two_ranks_choose_the_same() -> None:
-    ((first, second),) = run_ranks([_chosen_on_a_rank], 2)
+class ModelParallel:
+    """Both ranks hold one model together."""
+
+    def get_model_parallel_rank(self) -> int:
+        return torch.distributed.get_rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return torch.distributed.get_world_size()
+
+    def get_model_parallel_group(self) -> Any:
+        return torch.distributed.group.WORLD
+
+
+DIVIDED: dict[str, dict[str, Any]] = {
+    "slices": {"partition_activations": True},
+    "slices on the host": {"partition_activations": True, "cpu_checkpointing": True},
+    "slices in buffers": {
+        "partition_activations": True,
+        "contiguous_memory_optimization": True,
+        "number_checkpoints": 4,
+    },
+}
+
+
+def _trained_divided() -> dict[str, tuple[bool, int]]:
+    """Return whether an engine's weights are those without the section, and how many inputs were gathered."""
+    from ds_activation import kept
+
+    gathered: list[int] = []
+
+    def counted(mine: Tensor, place: Any) -> Tensor:
+        gathered.append(mine.numel())
+        return gather(mine, place)
+
+    gather, kept.gather = kept.gather, counted
+    checkpointing.configure(ModelParallel())
+    plain, found = _weights({}), {}
+    for what, flags in DIVIDED.items():
+        gathered.clear()
+        found[what] = equal(_weights({"policy": "full", **flags}), plain), len(gathered)
+    checkpointing.reset()
+    return found
+
+
+def _weights(keys: dict[str, Any]) -> list[Tensor]:
+    model = build("gpt")
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+        "activation_checkpointing": keys,
+    }
+    engine = ds_core.initialize(model=model, config=config)[0]
+    torch.manual_seed(3)
+    for _ in range(3):
+        engine.backward(engine(tokens()))
+        engine.step()
+    engine.destroy()
+    return [param.detach().clone() for param in model.parameters()]
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks() -> dict[str, list[Any]]:
+    functions = {"chosen": _chosen_on_a_rank, "divided": _trained_divided}
+    return dict(zip(functions, run_ranks(list(functions.values()), 2), strict=True))
+
+
+def test_two_ranks_choose_the_same(of_two_ranks: dict[str, list[Any]]) -> None:
+    first, second = of_two_ranks["chosen"]
     assert first == second
     assert first[1] <= 400_000
     assert "keep" in first[0]
     assert len(set(first[0])) > 1
+
+
+@pytest.mark.parametrize("what", DIVIDED)
+def test_engines_of_two_ranks_that_divide_inputs_have_the_same_weights(
+    of_two_ranks: dict[str, list[Any]], what: str
+) -> None:
+    for found in of_two_ranks["divided"]:
+        is_equal, gathered = found[what]
+        assert is_equal
+        assert gathered >= 3 * 4  # an input at least of each block in each step
+
+
+def test_an_engine_that_is_to_divide_without_an_mpu_says_what_to_do() -> None:
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "SGD"},
+        "activation_checkpointing": {"policy": "full", "partition_activations": True},
+    }
+    with pytest.raises(ConfigError, match=r"call checkpointing\.configure\(mpu\) before initialize"):
+        ds_core.initialize(model=build("gpt"), config=config)
 
 
 def test_ranks_that_did_different_things_recompute_all() -> None:

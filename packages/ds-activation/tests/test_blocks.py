@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
-from ds_activation.blocks import find_blocks
+from ds_activation.blocks import LEAST_SHARE, find_blocks, places
 from ds_core.errors import ConfigError
 
 
@@ -69,13 +70,121 @@ def test_an_unknown_pattern(pattern: str, words: str) -> None:
     assert words in str(caught.value)
 
 
-def test_without_patterns_the_largest_list_of_repeated_classes() -> None:
-    assert names(Model()) == ["h.0", "h.1", "h.2", "h.3"]
+def test_single_layers_count_where_nothing_else_repeats() -> None:
+    assert names(Model()) == ["h.0", "h.1", "h.2", "h.3"]  # and not those of `side`
+    assert names(Model().side) == ["0", "1"]
 
 
 def test_of_a_sequence_the_blocks_and_not_its_ends() -> None:
     model = nn.Sequential(nn.Linear(2, 4), Layer(), Layer(), nn.ReLU(), nn.Linear(4, 1))
     assert names(model) == ["1", "2"]
+
+
+class Tower(nn.Module):
+    """By its names, a stack of T5: what a block has inside is a list, and some of it repeats."""
+
+    def __init__(self, depth: int, *, cross: bool) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(self.Block(cross=cross) for _ in range(depth))
+        self.heads = nn.ModuleList(nn.Linear(4, 1) for _ in range(2))
+
+    class Block(nn.Module):
+        def __init__(self, *, cross: bool) -> None:
+            super().__init__()
+            self.layer = nn.ModuleList([Layer(), *([Layer()] if cross else []), nn.Linear(4, 4)])
+
+
+class TwoTowers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Embedding(500, 4)
+        self.encoder, self.decoder = Tower(2, cross=False), Tower(3, cross=True)
+        self.encoder.embed = self.decoder.embed = self.shared
+
+
+def test_the_blocks_of_both_towers() -> None:
+    assert names(TwoTowers()) == [
+        *(f"encoder.block.{at}" for at in range(2)),
+        *(f"decoder.block.{at}" for at in range(3)),
+    ]
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, channels: int, wide: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide)
+        self.downsample = (
+            nn.Sequential(nn.Conv2d(channels, wide, 1), nn.BatchNorm2d(wide)) if channels != wide else None
+        )
+
+
+def stage(depth: int, channels: int, wide: int) -> list[nn.Module]:
+    return [Bottleneck(channels if at == 0 else wide, wide) for at in range(depth)]
+
+
+class ResNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 7), nn.BatchNorm2d(4)
+        self.layer1, self.layer2 = nn.Sequential(*stage(2, 4, 8)), nn.Sequential(*stage(3, 8, 16))
+        self.layer3 = nn.Sequential(*stage(8, 16, 48))
+        self.fc = nn.Sequential(nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 10))
+
+
+def test_all_stages_of_a_resnet() -> None:
+    model = ResNet()
+    share = sum(p.numel() for p in model.layer1.parameters()) / sum(p.numel() for p in model.layer3.parameters())
+    assert share < 0.01
+    expected = [f"layer{stage}.{at}" for stage, depth in ((1, 2), (2, 3), (3, 8)) for at in range(depth)]
+    assert names(model) == expected
+    # As one sequence: its stages are no blocks either.
+    sequence = nn.Sequential(model.conv1, model.bn1, model.layer1, model.layer2, model.layer3, nn.Flatten(), model.fc)
+    assert names(sequence) == [f"{stage + 1}.{at}" for stage, depth in ((1, 2), (2, 3), (3, 8)) for at in range(depth)]
+
+
+@pytest.mark.parametrize("path", ["transformer.h", "model.layers", "model.decoder.layers", "gpt_neox.layers"])
+def test_names_of_known_models(path: str) -> None:
+    model = holder = nn.Module()
+    *outer, last = path.split(".")
+    for name in outer:
+        holder.add_module(name, nn.Module())
+        holder = holder.get_submodule(name)
+    holder.add_module("wte", nn.Embedding(100, 4))
+    holder.add_module(last, nn.ModuleList(Layer() for _ in range(3)))
+    holder.add_module("ln_f", nn.LayerNorm(4))
+    model.add_module("lm_head", nn.Linear(4, 100, bias=False))
+    assert names(model) == [f"{path}.{at}" for at in range(3)]
+    assert places(names(model)) == f"3 in {path}"
+
+
+def test_lists_in_a_list_have_the_blocks() -> None:
+    pairs = nn.ModuleList(nn.ModuleList([Layer(), Other()]) for _ in range(2))
+    assert names(pairs) == ["0.0", "0.1", "1.0", "1.1"]
+    by_name = nn.ModuleList(nn.ModuleDict({"mix": Layer(), "norm": nn.LayerNorm(4)}) for _ in range(2))
+    assert names(by_name) == ["0.mix", "1.mix"]
+
+
+def test_a_dictionary_with_a_forward_is_a_block() -> None:
+    class Dense(nn.ModuleDict):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self["mix"](x)
+
+    model = nn.Sequential(*(Dense({"mix": Layer()}) for _ in range(2)))
+    assert names(model) == ["0", "1"]
+    assert names(model, "Dense") == ["0", "1"]
+
+
+@pytest.mark.parametrize(("wide", "found"), [(1, False), (2, True)])
+def test_a_negligible_list_is_left_out(wide: int, found: bool) -> None:
+    class Wide(nn.Module):
+        def __init__(self, numel: int) -> None:
+            super().__init__()
+            self.part = nn.Linear(numel, 1, bias=False)
+
+    model = nn.ModuleDict({"h": nn.ModuleList(Wide(1500) for _ in range(2))})
+    model["small"] = nn.ModuleList([Wide(wide), Wide(1)])  # 2 or 3 of 3000
+    assert round(1 / LEAST_SHARE) == 1000
+    assert names(model) == ["h.0", "h.1", *(["small.0", "small.1"] if found else [])]
 
 
 def test_a_module_that_comes_twice_in_a_list_is_one_block() -> None:

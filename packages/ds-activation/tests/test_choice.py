@@ -22,6 +22,7 @@ from ds_activation.choice import (
     predict,
     solve,
 )
+from ds_activation.walk import CAP, Walk
 from ds_core.errors import ConfigError
 
 KEEP, RECOMPUTE, SELECTIVE, OFFLOAD = Decision.KEEP, Decision.RECOMPUTE, Decision.SELECTIVE, Decision.OFFLOAD
@@ -97,15 +98,59 @@ def test_merging_costs_no_more_than_it_says(profile: ModelProfile, part: float, 
 
 
 def test_merging_stays_within_five_percent_of_the_best() -> None:
-    # No two sums alike, and a second for each byte: no pair beats another, so there are thousands.
-    sizes = [1000 + 2**at for at in range(12)]
-    profile = chain(sizes, [float(size) for size in sizes])
-    budget = 9000
+    profile = doubled(12)
+    budget = 80_000
     best, found = solve(profile, budget), solve(profile, budget, cap=200)
     assert best.short_bytes == 0
     assert 0 < found.short_bytes <= 0.02 * budget
     assert best.extra_seconds == brute(profile, budget).extra_seconds  # type: ignore[union-attr]
     assert found.extra_seconds <= 1.05 * best.extra_seconds
+
+
+def doubled(count: int) -> ModelProfile:
+    """Blocks of which no two sums are alike, and a second for each byte: no way through beats another."""
+    sizes = [10_000 + 2**at for at in range(count)]
+    return chain(sizes, [float(size) for size in sizes])
+
+
+def test_at_the_cap_nothing_is_merged_and_above_it_something_is() -> None:
+    profile = doubled(5)
+    everything = predict(profile, [KEEP] * 5).peak_bytes
+    budget = everything - 11  # nearly all ways stay within it, also before the output of 10 bytes is there
+    ways = len(Walk(profile, budget, CAP).run(lambda seconds, more, _: seconds + more))
+    assert ways > 2**4
+    at, above = (solve(profile, budget, cap=cap) for cap in (ways, ways - 1))
+    assert (at.short_bytes, at.extra_seconds) == (0, brute(profile, budget).extra_seconds)  # type: ignore[union-attr]
+    assert above.short_bytes > 0
+
+
+def test_below_and_above_the_cap_of_the_solver() -> None:
+    assert 2**11 < CAP < 2**12
+    for count in (11, 12):
+        profile = doubled(count)
+        least, most = least_peak(profile), predict(profile, [KEEP] * count).peak_bytes
+        every = [predict(profile, decisions) for decisions in itertools.product((KEEP, RECOMPUTE), repeat=count)]
+        for part in (0.5, 0.9, 1.0):
+            budget = int(least + part * (most - least))
+            found = solve(profile, budget)
+            assert found.peak_bytes <= budget
+
+            def best(within: int) -> float:
+                return min(choice.extra_seconds for choice in every if choice.peak_bytes <= within)  # noqa: B023
+
+            if count == 11 or part == 0.5:
+                assert (found.short_bytes, found.extra_seconds) == (0, best(budget))
+            else:
+                # Twelve blocks, and few ways that exceed the budget: more pairs than the cap.
+                assert 0 < found.short_bytes <= 0.01 * budget
+                assert found.extra_seconds <= best(budget - found.short_bytes)
+
+
+def test_many_blocks_stay_at_the_cap() -> None:
+    profile = doubled(18)
+    pairs = Walk(profile, None, CAP).run(lambda seconds, more, _: seconds + more)
+    assert len(pairs) <= CAP
+    assert min(pairs, key=lambda pair: pair[1])[1] == 0.0, "that of keeping all is never merged away"
 
 
 def test_a_chain_by_hand() -> None:

@@ -9,7 +9,11 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from typer.testing import CliRunner
 
+from ds_activation import profile as profile_module
+from ds_activation.cli import app
+from ds_activation.curve import BUDGETS
 from ds_core.testing.cli import SubcommandContract
 
 if TYPE_CHECKING:
@@ -92,6 +96,27 @@ def test_tables(model, function):
     assert all(0.0625 <= mib <= 0.16 for mib in saved)
     named = {row[0] for row in words}
     assert {"none", "selective", "every_n,", "full", "auto,"} <= named
+
+
+def test_on_a_device_blocks_may_be_moved_to_the_host(model, monkeypatch):
+    """What is measured is on the CPU, and counts as on a device with fast copies."""
+
+    class OnDevice(profile_module.Measurement):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, can_offload=True)
+
+    monkeypatch.setattr(profile_module, "Measurement", OnDevice)
+    monkeypatch.setattr(profile_module, "seconds_per_byte", lambda device: (1e-15, 1e-15))
+    done = CliRunner().invoke(app, ["profile", f"{model}:build"], catch_exceptions=False)
+    assert done.exit_code == 0
+    (first, *others) = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("auto,")]
+    assert first[-2:] == ["4", "keep"]
+    for row in others:
+        assert "offload" in row
+        assert "recompute" not in row
+    assert len(others) == BUDGETS - 1
+    full = next(line.split() for line in done.stdout.splitlines() if line.strip().startswith("full"))
+    assert full[-2:] == ["4", "recompute"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")

@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ds_activation.selective import is_kept, selective_contexts
+from ds_activation.choice import Decision
+from ds_activation.forwards import attach_forwards
+from ds_activation.selective import explained_contexts, is_kept, selective_contexts
+from ds_core.errors import EngineError
 
 ATEN = torch.ops.aten
 ATTENTION = ATEN._scaled_dot_product_flash_attention_for_cpu.default
@@ -61,3 +67,68 @@ def test_a_recomputation_leaves_products_and_attention_out() -> None:
     assert backward.ops[ATTENTION] == 0
     assert backward.ops[ATEN.mm.default] + backward.ops[ATEN.bmm.default] == 1  # the gradient of the weight
     assert backward.ops[ATEN.gelu.default] == 1
+
+
+def checkpointed(function: Any) -> torch.Tensor:
+    return checkpoint(
+        function, torch.ones(2, 3, requires_grad=True), use_reentrant=False, context_fn=explained_contexts
+    )
+
+
+def test_a_kept_result_that_is_changed_in_place_is_an_error_with_a_way_out() -> None:
+    weight = torch.ones(3, 3)
+    out = checkpointed(lambda x: F.relu(x @ weight, inplace=True).exp())
+    with pytest.raises(EngineError, match='policy to "full"') as caught:
+        out.sum().backward()
+    assert type(caught.value.__cause__) is RuntimeError
+
+
+def test_a_second_backward_is_an_error_with_a_way_out() -> None:
+    loss = checkpointed(lambda x: (x @ torch.ones(3, 3)).exp()).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(EngineError, match="kept of a block"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, EngineError])
+def test_an_error_of_the_second_run_itself_arrives_as_it_is(kind: type[Exception]) -> None:
+    runs = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        runs.append(x)
+        if len(runs) > 1:
+            raise kind("its own")
+        return (x @ torch.ones(3, 3)).exp()
+
+    out = checkpointed(function)
+    with pytest.raises(kind, match=r"^its own"):
+        out.sum().backward()
+
+
+def test_a_compiled_block_computes_no_product_again() -> None:
+    """As under torch's own: in what is compiled for backward are the cheap operations, and the products' gradients."""
+    backward: list[Counter[str]] = []
+
+    def forward_compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    def backward_compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+        backward.append(Counter(str(node.target) for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)) for _ in range(2)))
+    x, found = torch.randn(3, 4), []
+    attach_forwards(list(model.named_children()), [Decision.SELECTIVE] * 2)
+    compiled = torch.compile(
+        model, backend=aot_autograd(fw_compiler=forward_compiler, bw_compiler=backward_compiler), fullgraph=True
+    )
+    for one in (model, compiled):
+        model.zero_grad()
+        one(x).square().sum().backward()
+        found.append([param.grad for param in model.parameters()])
+    torch.compiler.reset()
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right)
+    (ops,) = backward
+    assert ops["aten.addmm.default"] == 0  # of a linear layer's forward; its gradients are products without a sum
+    assert (ops["aten.tanh.default"], ops["aten.tanh_backward.default"]) == (2, 2)

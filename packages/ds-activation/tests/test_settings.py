@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch import nn
 
 from ds_activation import settings
+from ds_activation.attached import DeepSpeedActivation
 from ds_activation.call import run
 from ds_activation.settings import Settings, configure, current, in_force, is_configured
-from ds_core import log
+from ds_core import checkpointing, log
+from ds_core.config import load_config
 from ds_core.config.sections.activation import ActivationCheckpointingSection
 from ds_core.errors import ConfigError
+from ds_core.testing.memory import LiveStorage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -165,6 +169,22 @@ def test_reset_reaches_the_buffers_of_an_engines_section() -> None:
     with settings.in_force(of_section):
         assert run(torch.exp, (x,), {}, current()).requires_grad
     del held
+
+
+def test_reset_frees_the_buffers_of_an_attached_section() -> None:
+    flags = {"partition_activations": True, "contiguous_memory_optimization": True, "number_checkpoints": 3}
+    model, given = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), section(policy="full", **flags)
+    configure(MPU)
+    config = load_config({"train_batch_size": 1, **given})
+    attached = DeepSpeedActivation().attach(model, config, None, torch.device("cpu"))  # type: ignore[arg-type]
+    x = torch.ones(16, 8, requires_grad=True)
+    with LiveStorage() as live:
+        with attached.active():
+            model(x)  # and no backward: nobody holds what was kept
+        assert live.live_bytes == 3 * x.nbytes
+        checkpointing.reset()
+        assert live.live_bytes == 0
+    attached.detach()
 
 
 def test_reset_makes_place_in_the_buffers() -> None:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
+from ds_activation import trial
+from ds_activation.host_copies import HostCopies
 from ds_activation.rng import get_cuda_rng_tracker
 from ds_activation.trial import Tally, as_before, timed
+
+if TYPE_CHECKING:
+    import pytest
 
 CPU = torch.device("cpu")
 
@@ -43,6 +53,22 @@ def test_timed_returns_what_the_function_returns_within_the_contexts() -> None:
     output, seconds = timed(lambda x, y: (x + y, torch.is_grad_enabled()), (1,), {"y": 2}, CPU, [torch.no_grad()])
     assert output == (3, False)
     assert seconds >= 0
+
+
+def test_the_speed_of_copies_is_that_of_whole_copies_there_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(__file__).with_name("fake_device.py")
+    spec = importlib.util.spec_from_file_location("fake_device", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    device = module.FakeDevice()
+    monkeypatch.setattr(trial, "HostCopies", partial(HostCopies, driver=device))
+    monkeypatch.setattr(trial, "_PROBE_BYTES", 2**16)
+    there, back = trial.seconds_per_byte(CPU)
+    assert device.log == device.done == ["to host", "to device"] * 2
+    assert [nbytes for nbytes, _ in device.buffers] == [2**16]
+    assert (0 <= there < float("inf"), 0 <= back < float("inf")) == (True, True)
 
 
 def test_results_that_are_kept_and_changes_of_them() -> None:

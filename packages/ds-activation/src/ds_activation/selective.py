@@ -10,11 +10,13 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ds_core.accelerator import get_accelerator
+from ds_core.errors import EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import TracebackType
 
-__all__ = ["is_kept", "selective_contexts", "without_cached_casts"]
+__all__ = ["explained_contexts", "is_kept", "selective_contexts", "without_cached_casts"]
 
 _NAMES = (
     "mm",
@@ -63,6 +65,44 @@ def selective_contexts() -> tuple[Any, Any]:
     """Return the contexts of the two runs of one checkpointed call: a ``context_fn``."""
     contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(_policy)
     return contexts
+
+
+def explained_contexts() -> tuple[Any, Any]:
+    """Return :func:`selective_contexts` with errors that say what to do; not for what torch compiles.
+
+    They are of a kept result that was changed in place, and of a second backward.
+    """
+    first, second = selective_contexts()
+    return first, _Explained(second)
+
+
+class _Explained:
+    """The context of the second run, where torch finds that it has not what it needs. May be entered again."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __enter__(self) -> None:
+        self._inner.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._inner.__exit__(kind, error, traceback)
+        # Of no class of its own; those of the block's operations are raised elsewhere.
+        if kind is RuntimeError and _raised_in(traceback) == torch.utils.checkpoint.__name__:
+            raise EngineError(
+                f"what was kept of a block does not do to compute it again: {error}",
+                where="activation checkpointing, backward through a block under selective recomputation",
+                fix='set policy to "full", or to "auto" where an operation changes the result of a product in place,'
+                ' or leave the block out of "modules"',
+            ) from error
+
+
+def _raised_in(traceback: TracebackType | None) -> str:
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__"))
 
 
 def without_cached_casts(function: Callable[..., Any]) -> Callable[..., Any]:
