@@ -6,6 +6,7 @@ import contextlib
 import copy
 import fnmatch
 import gc
+import itertools
 import logging
 import pickle
 import weakref
@@ -23,7 +24,7 @@ import ds_core
 from ds_activation.attached import DeepSpeedActivation
 from ds_activation.blocks import find_blocks
 from ds_activation.call import RecomputationError
-from ds_activation.choice import Decision, least_peak, predict
+from ds_activation.choice import Decision, least_peak, predict, solve
 from ds_activation.forwards import CheckpointedForward, attach_forwards
 from ds_activation.profile import profile
 from ds_core import checkpointing
@@ -361,6 +362,23 @@ def test_auto_stays_inside_the_budget(name: str) -> None:
         # Beside what is saved: gradients on their way, and values that a block has only while it runs.
         assert max(at_work) <= budget + _UNSAVED[name]
     assert used[-1] > used[0]
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "reused", "towers"])
+def test_from_what_was_measured_auto_chooses_the_best(name: str) -> None:
+    found = profiled(name, build(name))
+    offered = [
+        set(Decision).intersection(*(call.costs for call in found.calls if call.block == at))
+        for at in range(len(found.blocks))
+    ]
+    every = [predict(found, decisions) for decisions in itertools.product(*offered)]
+    assert len(every) >= 8
+    peaks = sorted(choice.peak_bytes for choice in every)
+    for budget in peaks[:: len(peaks) // 5]:
+        chosen = solve(found, budget)
+        assert chosen.peak_bytes <= budget
+        best = min(choice.extra_seconds for choice in every if choice.peak_bytes <= budget)
+        assert chosen.extra_seconds <= (1 + TOL) * best
 
 
 # About four activations; in "reused" also gradients of parameters that wait for those of the other calls.
