@@ -17,12 +17,14 @@ from _models import GPT_SIZES, Gpt, byte_batches
 from _pairs import MIN_PAIRS, Bar, PairTimes, time_pairs
 from _ranks import Ranks, default_ranks, launch, launcher_ranks, threads_per_rank
 from _report import Row, add_output_arguments, ratio_row
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
 
     Build = Callable[[Gpt, Recipe, Sequence[tuple[Tensor, Tensor]]], Contender]
     """Makes a contender of a model; a function or partial of one of a module's top level, so that ranks can have it."""
@@ -60,6 +62,8 @@ class Setting:
     accumulation: int
     micro_batch: int | None = None
     """None: by model and device."""
+    is_same_data: bool = False
+    """Whether all ranks read the same, as those of a model-parallel group do."""
 
     @property
     def label(self) -> str:
@@ -67,11 +71,12 @@ class Setting:
         return f"{self.model}{'' if self.dtype == 'fp32' else ' ' + self.dtype}, accumulation {self.accumulation}"
 
     def starter(self, ranks: Ranks) -> Callable[[Build], Contender]:
-        """Return what starts a contender: equal models, equal data; another part of the data per rank."""
+        """Return what starts a contender: equal models, equal data; another part per rank, unless it is the same."""
         size = GPT_SIZES[self.model]
         micro_batch = self.micro_batch or (size.micro_batch if ranks.device.type == "cpu" else size.micro_batch_gpu)
         recipe = Recipe(micro_batch=micro_batch, accumulation=self.accumulation, dtype=self.dtype)
-        batches = byte_batches(16, micro_batch, size.seq, seed=ranks.rank, device=ranks.device)
+        seed = 0 if self.is_same_data else ranks.rank
+        batches = byte_batches(16, micro_batch, size.seq, seed=seed, device=ranks.device)
 
         def start(build: Build) -> Contender:
             torch.manual_seed(0)
@@ -143,6 +148,34 @@ class Memory:
     """From before the model to after the third step."""
     kept: float
     """After the third step: weights, masters, optimizer state, and what else stays from one step to the next."""
+    for_backward: float
+    """What the last forward left behind, its loss included: saved activations."""
+
+
+class _Forwards:
+    """Bytes that the last forward of the model left behind; it is watched while this is entered."""
+
+    def __init__(self, live_bytes: Callable[[], int]) -> None:
+        self.left = self._before = 0
+        self._live_bytes = live_bytes
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> _Forwards:
+        # Of all modules, since which one the contender calls is its own matter.
+        self._hooks = [register_module_forward_pre_hook(self._begin), register_module_forward_hook(self._end)]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _begin(self, module: nn.Module, inputs: object) -> None:
+        if isinstance(module, Gpt):
+            self._before = self._live_bytes()
+
+    def _end(self, module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(module, Gpt):
+            self.left = self._live_bytes() - self._before
 
 
 def _memory_worker(ranks: Ranks, case: tuple[Setting, Build]) -> dict[str, Any]:
@@ -153,8 +186,9 @@ def _memory_worker(ranks: Ranks, case: tuple[Setting, Build]) -> dict[str, Any]:
         before = torch.cuda.memory_allocated(ranks.device)
         torch.cuda.reset_peak_memory_stats(ranks.device)
         contender = start(build)
-        for _ in range(MEMORY_STEPS):
-            contender.step()
+        with _Forwards(lambda: torch.cuda.memory_allocated(ranks.device)) as forwards:
+            for _ in range(MEMORY_STEPS):
+                contender.step()
         torch.accelerator.synchronize(ranks.device)
         peak = torch.cuda.max_memory_allocated(ranks.device)
         kept = torch.cuda.memory_allocated(ranks.device) - before
@@ -166,11 +200,13 @@ def _memory_worker(ranks: Ranks, case: tuple[Setting, Build]) -> dict[str, Any]:
             # DDP's C++ makes its buckets through the dispatcher; were they missed, its peak would look smaller.
             if isinstance(contender, DdpLoop) and live.live_bytes < 2 * contender.parameter_bytes:
                 raise RuntimeError(f"only {live.live_bytes} bytes counted: DDP's buckets are not among them")
-            for _ in range(MEMORY_STEPS):
-                contender.step()
+            with _Forwards(lambda: live.live_bytes) as forwards:
+                for _ in range(MEMORY_STEPS):
+                    contender.step()
             peak, kept = live.peak_bytes, live.live_bytes
     contender.close()
-    return {"peak": ranks.slowest(peak), "kept": ranks.slowest(kept)}
+    found = {"peak": peak, "kept": kept, "for_backward": forwards.left}
+    return {name: ranks.slowest(nbytes) for name, nbytes in found.items()}
 
 
 @cache

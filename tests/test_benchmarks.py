@@ -22,13 +22,16 @@ sys.path.append(
     str(BENCHMARKS)
 )  # the scripts find each other as their own folder does; last, so that nothing is hidden
 
-from _contenders import DTYPES, SCALE_POWER, Contender, DdpLoop, PlainLoop, Recipe, largest_difference  # noqa: E402
+from _contenders import DTYPES, SCALE_POWER, Contender, DdpLoop, DsCore, PlainLoop, Recipe, largest_difference  # noqa: E402
 from _models import GPT_SIZES, Gpt, Mlp, byte_batches  # noqa: E402
 from _pairs import Bar, Interval, PairTimes, median_interval, time_pairs  # noqa: E402
 from _ranks import launcher_ranks, threads_per_rank, usable_cores  # noqa: E402
 from _report import difference_row, exact_ratio_row, finish, interval_text, limit_row, machine_facts, ratio_row  # noqa: E402
 from _sharded import has_deepspeed  # noqa: E402
+from activation import SECTIONS, Configured, budget_of_auto, parse, ranks_of  # noqa: E402
 from zero_memory import formula  # noqa: E402
+
+from ds_core.errors import ConfigError  # noqa: E402
 
 no_deadline = settings(deadline=None)  # a busy machine is no failure
 SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("[!_]*.py"))
@@ -559,6 +562,88 @@ def test_stages_of_zero_keep_a_share_of_the_state(tmp_path: Path) -> None:
     assert kept["peer"]["median"] * 2**20 == pytest.approx(16 * parameters, rel=0.01)
     assert 8 * parameters <= kept["ours"]["median"] * 2**20 <= 12.1 * parameters
     assert kept["ours"]["median"] < peak["ours"]["median"] < peak["peer"]["median"]
+
+
+def test_auto_has_to_give_something_up() -> None:
+    size, cpu = GPT_SIZES["tiny"], torch.device("cpu")
+    batches = byte_batches(1, 2, size.seq, seed=0, device=cpu)
+    budgets = {}
+    for dtype in ("fp32", "bf16", "autocast"):
+        torch.manual_seed(0)
+        model, recipe = Gpt(size), Recipe(micro_batch=2, accumulation=1, dtype=dtype)
+        budgets[dtype] = budget_of_auto(model, recipe, batches[0])
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        contender = Configured(model, recipe, batches, activation=SECTIONS["auto"])
+        contender.step()
+        chosen = contender._engine.report()["activation checkpointing"]
+        contender.close()
+        assert chosen.startswith("policy auto: ")
+        assert "at most" in chosen, "no choice was made"
+        assert "2 keep" not in chosen
+    # The residual stream and what products take are of half the bytes, the loss is of as many.
+    assert budgets["fp32"] / 2 < budgets["bf16"] < 0.75 * budgets["fp32"]
+    assert budgets["bf16"] < budgets["autocast"] < budgets["fp32"]
+
+
+def test_divided_inputs_need_two_ranks(monkeypatch, capsys) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert parse([]).policy == list(SECTIONS)
+    assert [ranks_of("full", None), ranks_of("partitioned", None), ranks_of("partitioned", 3)] == [1, 2, 3]
+    for rank, gpus in ((None, 1), ("0", 0)):  # one GPU; one rank of a launcher
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        if rank is not None:
+            monkeypatch.setenv("RANK", rank)
+            monkeypatch.setenv("WORLD_SIZE", "1")
+        assert parse([]).policy == [policy for policy in SECTIONS if policy != "partitioned"]
+        with pytest.raises(SystemExit):
+            parse(["--policy", "full", "partitioned"])
+        assert "two ranks or more" in capsys.readouterr().err
+
+
+def test_what_divided_inputs_need_ends_with_the_contender() -> None:
+    from ds_core import checkpointing
+
+    size = GPT_SIZES["tiny"]
+    recipe = Recipe(micro_batch=2, accumulation=1)
+    assert not checkpointing.is_configured()
+    contender = Configured(Gpt(size), recipe, [], activation=SECTIONS["partitioned"])
+    assert checkpointing.is_configured()
+    contender.close()
+    assert not checkpointing.is_configured()
+    with pytest.raises(ConfigError, match="mpu"):  # nobody has one any more
+        DsCore(Gpt(size), recipe, [], activation=SECTIONS["partitioned"])
+
+
+def test_the_measured_step_of_auto_is_never_timed() -> None:
+    assert parse(["--warmup", "0"]).warmup == 1
+    assert parse([]).warmup == 3
+
+
+def test_divided_inputs_train_what_torchs_checkpoint_does(tmp_path: Path) -> None:
+    document = results_of("activation.py", tmp_path, "--policy", "partitioned", "--only", "time")
+    # The script itself has compared the losses, and the plugin the inputs of the ranks.
+    (row,) = document["rows"]
+    assert row["name"] == "step time, partitioned, tiny, accumulation 1, 2 ranks, vs torch.utils.checkpoint"
+    assert row["bar"] is None
+    assert document["settings"]["ranks"] == {"partitioned": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_policies_leave_less_for_backward(tmp_path: Path, dtype: str) -> None:
+    document = results_of("activation.py", tmp_path, "--policy", *SECTIONS, "--dtype", dtype)
+    names = [row["name"].split(", ")[:2] for row in document["rows"]]
+    assert names == [
+        [what, policy] for policy in SECTIONS for what in ("step time", "peak memory", "left for backward")
+    ]
+    left = {row["name"].split(", ")[1]: row["result"]["median"] for row in document["rows"][2::3]}
+    # Nothing leaves a CPU; what is not divided is the loss and the layers after the blocks.
+    assert left["full"] == left["offloaded"] == 1.0
+    assert 0.5 < left["partitioned"] < 1 <= left["auto"]
+    assert min(left["selective"], left["every_n"]) > 1
+    bars = [(row["name"].split(", ")[:2], row["bar"]["limit"]) for row in document["rows"] if row["bar"]]
+    assert bars == [(["step time", "full"], 1.02), (["peak memory", "full"], 1.0)]
 
 
 @pytest.mark.slow
