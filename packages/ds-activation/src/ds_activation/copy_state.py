@@ -11,7 +11,7 @@ from ds_core.errors import EngineError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TOUCHED", "InFlight", "State", "dense_part", "untouched", "version_of"]
+__all__ = ["TOUCHED", "InFlight", "State", "dense_part", "untouched", "version_of", "without_gaps"]
 
 
 class State:
@@ -83,6 +83,11 @@ def dense_part(tensor: Tensor) -> Tensor:
     for dim in range(tensor.dim()):
         if tensor.stride(dim) == 0 and tensor.size(dim) > 1:
             tensor = tensor.narrow(dim, 0, 1)
+    return without_gaps(tensor)
+
+
+def without_gaps(tensor: Tensor) -> Tensor:
+    """Return ``tensor``, or a copy of it without gaps and overlaps in its memory."""
     tensor = tensor.resolve_conj().resolve_neg()
-    # Strides of memory without gaps are kept by empty_like, others are replaced.
+    # Only a tensor without them keeps its strides.
     return tensor if torch.empty_like(tensor, device="meta").stride() == tensor.stride() else tensor.clone()

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_activation.copy_state import without_gaps
 from ds_activation.host_copies import host_copies
 from ds_activation.model_parallel import ALONE, Place
 from ds_core.errors import ConfigError, EngineError
@@ -222,7 +223,7 @@ class Keeping:
         if tensor.layout != torch.strided or not (is_divided or self.buffers is not None):
             return None
         with torch.no_grad():
-            dense = _dense(tensor)
+            dense = without_gaps(tensor)
             flat = dense.as_strided((dense.numel(),), (1,))
             checksum = None
             if is_divided and position not in self.checked:
@@ -241,13 +242,6 @@ class Keeping:
             return (lambda: row.values) if self.place.size > 1 else (lambda: row.values.clone())
         copied = mine.clone()
         return lambda: copied
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """Return ``tensor``, or a copy of it without gaps and overlaps."""
-    tensor = tensor.resolve_neg()
-    # Only a tensor without them keeps its strides.
-    return tensor if torch.empty_like(tensor, device="meta").stride() == tensor.stride() else tensor.clone()
 
 
 def _checksum(flat: Tensor) -> Tensor:

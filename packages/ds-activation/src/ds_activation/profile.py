@@ -7,7 +7,7 @@ to be computed again in backward. So memory never exceeds that of recomputing ev
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -157,8 +157,8 @@ class Measurement:
             )
         saves = self._sort([tensor for _, tensor in saved.alive()], output, tensors)
         del output, saved
-        own_bytes = saves.settled(self._known)
-        result = _Measured(saves, own_bytes, min(seconds, once()[1]))
+        saves.settle(self._known)
+        result = _Measured(saves, min(seconds, once()[1]))
         # Results are kept from the first run to the second: what is changed in place in between is of no use.
         tally, (first, second) = Tally(), selective_contexts()
         saved = Saved()
@@ -170,7 +170,9 @@ class Measurement:
             tally.results.clear()
             seconds = once(second)[1]
             del first, second
-            result.selective = _Selective(kept, kept.settled(self._known), work, work.settled(self._known), seconds)
+            kept.settle(self._known)
+            work.settle(self._known)
+            result.selective = _Selective(kept, work, seconds)
         return result
 
     def _sort(self, tensors: Sequence[Tensor], output: Any, inputs: Sequence[Tensor]) -> _Sorted:
@@ -179,7 +181,7 @@ class Measurement:
         for at, leaf in enumerate(tree_leaves(output)):
             for storage in storages_of(leaf):
                 leaves.setdefault(storage._cdata, at)
-        found = _Sorted(set(), set(), [])
+        found = _Sorted()
         seen: set[int] = set()
         for storage in storages_of(list(tensors)):
             key = storage._cdata
@@ -191,18 +193,18 @@ class Measurement:
             elif key in leaves:
                 found.leaves.add(leaves[key])
             else:
-                found.others.append((weakref.ref(storage), storage.nbytes()))
+                found.inner.append((weakref.ref(storage), storage.nbytes()))
         return found
 
     def _priced(self, at: int, inputs: frozenset[int], measured: _Measured, output: Any) -> Call:
         leaves = tree_leaves(output)
 
-        def held(of: _Sorted, own_bytes: int, *also: frozenset[int]) -> Held:
+        def held(of: _Sorted, *also: frozenset[int]) -> Held:
             out = self._numbers([leaves[leaf] for leaf in of.leaves])
-            return Held(frozenset(of.shared).union(out, *also), own_bytes)
+            return Held(frozenset(of.shared).union(out, *also), of.own_bytes)
 
         seconds = measured.seconds
-        kept = held(measured.saves, measured.own_bytes)
+        kept = held(measured.saves)
         again = Held(kept.shared | inputs, kept.own_bytes)
         costs = {
             Decision.KEEP: Cost(kept, kept),
@@ -210,9 +212,7 @@ class Measurement:
         }
         part = measured.selective
         if part is not None:
-            costs[Decision.SELECTIVE] = Cost(
-                held(part.kept, part.kept_bytes, inputs), held(part.work, part.work_bytes, inputs), part.seconds
-            )
+            costs[Decision.SELECTIVE] = Cost(held(part.kept, inputs), held(part.work, inputs), part.seconds)
         if self._rates is not None:
             nbytes = kept.own_bytes + sum(
                 self._known.sizes[one] for one in kept.shared - frozenset(measured.saves.shared)
@@ -225,29 +225,31 @@ class Measurement:
 
 @dataclass
 class _Sorted:
-    """Storages: those known (inputs, and others that outlive the block), leaves of the output, and its own."""
+    """The storages that a run of a block has saved, or some of them."""
 
-    shared: set[int]
-    leaves: set[int]
-    others: list[tuple[weakref.ref[UntypedStorage], int]]
+    shared: set[int] = field(default_factory=set)
+    """Those of its inputs, and of what else outlives the run."""
+    leaves: set[int] = field(default_factory=set)
+    """Those of its output, by places in it."""
+    inner: list[tuple[weakref.ref[UntypedStorage], int]] = field(default_factory=list)
+    """The rest, until it is known what outlives the run."""
+    own_bytes: int = 0
+    """Of the rest, afterwards."""
 
-    def settled(self, known: Known) -> int:
-        """Return the bytes of what went with the run; what is still there belongs to others as well."""
-        own_bytes = 0
-        for reference, nbytes in self.others:
+    def settle(self, known: Known) -> None:
+        """Find out, when the run and what it saved are gone, which storages are still there: they belong to others."""
+        for reference, nbytes in self.inner:
             storage = reference()
             if storage is None:
-                own_bytes += nbytes
+                self.own_bytes += nbytes
             else:
                 self.shared.add(known.number(storage))
-        self.others = []
-        return own_bytes
+        self.inner = []
 
 
 @dataclass
 class _Measured:
     saves: _Sorted
-    own_bytes: int
     seconds: float
     selective: _Selective | None = None
 
@@ -255,9 +257,6 @@ class _Measured:
 @dataclass
 class _Selective:
     kept: _Sorted
-    kept_bytes: int
-    """Of its own, of what is kept."""
     work: _Sorted
-    work_bytes: int
-    """Of its own, of what is kept and what backward needs."""
+    """What is kept, and what backward needs beside it."""
     seconds: float
