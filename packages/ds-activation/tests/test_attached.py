@@ -11,6 +11,7 @@ import logging
 import pickle
 import weakref
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
@@ -21,6 +22,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import ds_core
+from ds_activation import forwards as forwards_module
+from ds_activation import profile as profile_module
 from ds_activation.attached import DeepSpeedActivation
 from ds_activation.blocks import find_blocks
 from ds_activation.call import RecomputationError
@@ -341,6 +344,33 @@ def test_saved_bytes_are_as_predicted(name: str) -> None:
             attached._forwards[0].decision = decisions[0]
         measured = saved_bytes(name, one, attached and attached.active())
         assert predict(found, decisions).saved_bytes == pytest.approx(measured, rel=TOL), policy
+
+
+@pytest.mark.parametrize("name", ["gpt", "mlp", "towers"])
+def test_where_blocks_are_moved_to_the_host_the_rest_is_as_predicted(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Tensor] = []
+
+    class Host:
+        def to_host(self, tensor: Tensor) -> Any:
+            sent.append(tensor.detach().clone())
+            return SimpleNamespace(restore=sent[-1].clone)
+
+    monkeypatch.setattr(forwards_module, "host_copies", lambda device, keep_last: Host())
+    monkeypatch.setattr(profile_module, "Measurement", partial(profile_module.Measurement, can_offload=True))
+    model = build(name)
+    found = profiled(name, model)
+    decisions = (Decision.OFFLOAD,) * len(found.blocks)
+    attach_forwards(find_blocks(model, ()), decisions)
+    torch.manual_seed(1)
+    with LiveStorage() as live:
+        loss = model(MODELS[name][1]())
+        moved = sum(tensor.nbytes for tensor in sent)
+        measured = live.live_bytes - loss.nbytes - moved
+    predicted, kept = (predict(found, one).saved_bytes for one in (decisions, [Decision.KEEP] * len(decisions)))
+    assert predicted == pytest.approx(measured, rel=TOL)
+    assert 2 * predicted < kept
 
 
 @pytest.mark.parametrize("name", ["gpt", "masked gpt", "mlp", "conv", "reused", "towers", "llama"])
