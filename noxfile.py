@@ -16,6 +16,8 @@ import nox
 
 ROOT = Path(__file__).parent
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
+PAGE_TOOLS = ("config_reference", "volume_page", "right_numbers")
+"""Modules of tools/ that write a page of docs/ (``--write``), or tell where it is not what they would write."""
 BENCHMARKS = sorted(path.stem for path in ROOT.glob("benchmarks/[!_]*.py"))
 
 nox.needs_version = ">=2024.10.9"
@@ -124,13 +126,16 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Examples of docstrings and READMEs, and docs/config; `nox -s docs -- --write` writes docs/config anew."""
+    """Examples of docstrings and READMEs, and the pages that tools write; `nox -s docs -- --write` writes these."""
     if "--write" in session.posargs:
         install(session, *editable())  # all: plugins have options
-        session.run("python", "tools/config_reference.py", "--write")
+        for tool in PAGE_TOOLS:
+            session.run("python", f"tools/{tool}.py", "--write")
         return
     install(session, *editable(), *group(ROOT, "test"))
     session.run(*PYTEST, "tests/test_docs.py", "tests/test_config_reference.py", *session.posargs)
+    for tool in PAGE_TOOLS:
+        session.run("python", f"tools/{tool}.py")
 
 
 @nox.session(venv_params=["--system-site-packages"])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import doctest
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import volume_page
 from layers import module_name, source_files
 from markdown_blocks import Block, blocks
 
@@ -43,6 +45,24 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_examples_in_docstrings(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert result.failed == 0, f"python -m doctest shows the difference in {name}"
+
+
+def test_one_command_writes_every_page_that_a_tool_writes() -> None:
+    tools = [path.stem for path in (ROOT / "tools").glob("*.py") if '"--write"' in path.read_text(encoding="utf-8")]
+    (listed,) = re.findall(r"^PAGE_TOOLS = \((.*)\)$", (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(re.findall(r'"(\w+)"', listed)) == sorted(tools)
+    for tool in tools:
+        assert importlib.import_module(tool).COMMAND == "nox -s docs -- --write"
+
+
+def test_the_table_of_volumes_is_written(tmp_path: Path) -> None:
+    assert volume_page.main([]) == 0
+    page = tmp_path / "volume.md"
+    text = volume_page.PAGE.read_text(encoding="utf-8")
+    page.write_text(text.replace("| 1 | 1 | gloo | fp32 | 3", "| 1 | 1 | gloo | fp32 | 7"), encoding="utf-8")
+    assert volume_page.main([], page) == 1
+    assert volume_page.main(["--write"], page) == 0
+    assert page.read_text(encoding="utf-8") == text
 
 
 def test_there_are_examples() -> None:

@@ -140,6 +140,17 @@ def test_a_page_that_differs_is_found(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([]) == 0
 
 
+def test_a_page_that_is_right_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / PAGE.name).write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    trained = []
+    monkeypatch.setattr("right_numbers.run_ranks", lambda jobs, *args, **more: trained.append(args) or [[({}, {})]])
+    assert main(["--write"], page=tmp_path / PAGE.name) == 0
+    assert trained == []
+    with pytest.raises(KeyError):  # nothing was measured: of the first row there is nothing to write
+        main(["--anew"], page=tmp_path / PAGE.name)
+    assert len(trained) == len(WORLD_SIZES)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(4000)
 @pytest.mark.parametrize("precision", PRECISIONS)
