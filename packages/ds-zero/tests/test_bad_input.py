@@ -189,6 +189,24 @@ def ranks_that_differ(stage: int) -> dict[str, str]:
     return found
 
 
+# -- a group that one rank adds ---------------------------------------------------------------------------------------
+
+
+def added_on_one_rank(stage: int) -> tuple[str, str, dict[str, torch.Tensor], str]:
+    """The last rank adds a group where the others begin to train; then all add it, and train; and it adds once more."""
+    net = model()
+    engine = start(stage, model=net, model_parameters=list(net[0].parameters()))
+    alone = comm.get_rank() == comm.get_world_size() - 1
+
+    def add() -> None:
+        engine.optimizer.add_param_group({"params": list(net[2].parameters())})
+
+    error = error_of(add if alone else partial(micro, engine, 0))
+    again = error_of(add)
+    micro(engine, 0)
+    return error, again, weights(engine), error_of(add) if alone else ""
+
+
 # -- a model that is changed ------------------------------------------------------------------------------------------
 
 
@@ -459,6 +477,7 @@ def fewer_elements_than_ranks(stage: int) -> list[float]:
 
 CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     *((param_offload, (stage,)) for stage in STAGES),
+    *((added_on_one_rank, (stage,)) for stage in (0, *STAGES)),
     *((ranks_that_differ, (stage,)) for stage in STAGES),
     *((changed, (stage, change, ranks)) for stage in STAGES for change in CHANGES for ranks in ((0, 1), (1,))),
     *((function, (stage,)) for stage in STAGES for function in (cast_inside_a_window, undone, wrong_order)),
@@ -490,6 +509,19 @@ def test_ranks_that_differ_are_told_in_what(results, stage, difference):
         assert found[difference].startswith("CommError: model, parameter groups or configuration differ between ranks")
         assert "[1] differ from rank 0" in found[difference]
         assert DIFFERENCES[difference] in found[difference]
+
+
+@pytest.mark.parametrize("stage", [0, *STAGES])
+def test_a_group_that_one_rank_adds_is_told_on_every_rank(results, stage):
+    for rank, (error, again, found, late) in enumerate(results[added_on_one_rank, stage]):
+        assert error.startswith(
+            "CommError: the ranks do different things before the first step: ranks [0] are in engine.backward, "
+            "ranks [1] are in optimizer.add_param_group"
+        )
+        assert again == ""
+        assert is_close(found, trained_plainly([[0]], 1, 2))
+        # Nobody waits for it: the other rank is not there.
+        assert late.startswith("EngineError: a parameter group was added after 1 steps") == (rank == 1)
 
 
 @pytest.mark.parametrize("stage", STAGES)

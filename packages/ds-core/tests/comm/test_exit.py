@@ -56,6 +56,9 @@ engine, *_ = ds_core.initialize(
         "partition": {"replicated": {"bucket_bytes": 1}},
     },
 )
+# In the first, ranks wait for each other before anything is sent.
+engine.backward(engine(torch.ones(1, 2), False))
+engine.step()
 breaks = engine.global_rank == 1
 if not breaks:
     print("ready", flush=True)

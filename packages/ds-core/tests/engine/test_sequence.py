@@ -155,6 +155,8 @@ def different_configurations() -> None:
 def raise_with_a_collective_under_way(folder: Path) -> str:
     """Rank 1 catches the error of its backward and tries to go on; rank 0 waits until it has tried."""
     engine = start(gradient_accumulation_steps=1, partition={"replicated": {"bucket_bytes": 1}})
+    engine.backward(engine(torch.ones(2, 3)))  # in the first, ranks wait for each other before anything is sent
+    engine.step()
     if comm.get_rank() == 0:
         torch.distributed.distributed_c10d._get_default_store().get("tried")
         return ""

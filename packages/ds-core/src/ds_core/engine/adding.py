@@ -3,6 +3,9 @@
 What a partition divides it lays out once, for the parameters there are then. So a group is added by going back: every
 parameter gets all the digits it is trained in, the optimizer updates parameters of the model and has whole state, as
 before ``initialize``. Then torch adds the group, and a new partition is built, as ``initialize`` builds one.
+
+Note: a group that one rank adds alone. Its collectives would meet those of the others' backward, and all would wait.
+So both calls begin by telling each other what they are: an addition always, a backward if it is the engine's first.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from ds_core import comm
 from ds_core.checkpoint.jsonable import decode
 from ds_core.comm import all_or_none, values_of_ranks
 from ds_core.engine.groups import check_ranks_agree, groups_to_train
-from ds_core.errors import ConfigError, EngineError
+from ds_core.errors import CommError, ConfigError, EngineError
 from ds_core.interfaces.logical import MASTER
 from ds_core.optim.client import take_over
 from ds_core.optim.scaled import OptimizerStep
@@ -29,12 +32,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
     from ds_core.engine.engine import DeepSpeedEngine
     from ds_core.interfaces.logical import Piece
     from ds_core.interfaces.partition import Partition, PartitionInputs
 
-__all__ = ["accept_groups"]
+__all__ = ["accept_groups", "begin_training"]
 
 
 def accept_groups(engine: DeepSpeedEngine) -> None:
@@ -56,22 +60,46 @@ def accept_groups(engine: DeepSpeedEngine) -> None:
     optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
 
 
+def begin_training(engine: DeepSpeedEngine) -> None:
+    """End the time in which groups are added; called before the first backward. Collective.
+
+    Raises:
+        CommError: other ranks add a group.
+    """
+    _meet("engine.backward", engine.parts.group)
+    engine.has_begun = True
+
+
+def _meet(call: str, group: ProcessGroup) -> None:
+    """Make sure that every rank is in ``call``, since what follows are other collectives in another. Collective.
+
+    Raises:
+        CommError: on every rank; nothing has changed.
+    """
+    calls = [each if isinstance(each, str) else "another call" for each in values_of_ranks(call, group)]
+    if len(set(calls)) > 1:
+        ranks = {name: [rank for rank, each in enumerate(calls) if each == name] for name in dict.fromkeys(calls)}
+        listing = ", ".join(f"ranks {there} are in {name}" for name, there in ranks.items())
+        raise CommError(
+            f"the ranks do different things before the first step: {listing}",
+            where=call,
+            fix="call optimizer.add_param_group on every rank, with the same parameters, before the first backward",
+        )
+
+
 def _add(engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer, param_group: Mapping[str, Any]) -> None:
     """Train one more group. Collective; nothing has changed where it raises.
 
     Raises:
         EngineError: there was a backward already.
         ConfigError: not a group of parameters of the model that require grad and are not trained yet.
-        CommError: the ranks add different groups.
+        CommError: the ranks add different groups, or some of them none.
     """
     partition = engine.parts.partition
     inputs = partition.inputs
-
-    def check() -> dict[str, Any]:
-        _check_time(engine)
-        return _checked(param_group, partition)
-
-    group = all_or_none(check, inputs.group)
+    _check_time(engine)
+    _meet("optimizer.add_param_group", inputs.group)
+    group = all_or_none(lambda: _checked(param_group, partition), inputs.group)
     trained = [param for param in _params_of(group) if param.requires_grad]
     check_ranks_agree(
         inputs.module, [*inputs.param_groups, {"params": trained}], inputs.names, inputs.config, inputs.group
@@ -95,8 +123,8 @@ def _add(engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer, param_group:
 
 
 def _check_time(engine: DeepSpeedEngine) -> None:
-    window = engine.parts.accumulation
-    if engine.progress.global_steps or window.micro_steps or window.backwards:
+    """Refuse a group that comes too late. Every rank that adds one finds it by itself; the others are elsewhere."""
+    if engine.has_begun or engine.progress.global_steps:
         raise EngineError(
             f"a parameter group was added after {engine.progress.global_steps} steps; parameters, masters and what is "
             "reduced are laid out before the first backward",

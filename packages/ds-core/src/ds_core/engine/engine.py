@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ds_core import comm
+from ds_core.engine.adding import begin_training
 from ds_core.engine.face import EngineFace
 from ds_core.engine.overflow import OverflowHistory, describe
 from ds_core.engine.parts import Outcome, Parts, StepRecord, global_norm
@@ -68,6 +69,8 @@ class DeepSpeedEngine(EngineFace):
         self.overflow_history = OverflowHistory()
         self._seeds: dict[tuple[Any, ...], Tensor] = {}
         self.is_destroyed = False
+        self.has_begun = False
+        """Whether there was a backward: parameter groups are final then."""
         comm.destroy_at_exit(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -90,13 +93,15 @@ class DeepSpeedEngine(EngineFace):
 
         Raises:
             EngineError: not such a loss, or an engine without an optimizer.
-            CommError: another rank is gone.
+            CommError: another rank is gone, or adds a parameter group meanwhile.
         """
         parts = self.parts
         partition = parts.partition
         if parts.optimizer is None:
             raise self._cannot("backward")
         _check_loss(loss)
+        if not self.has_begun:
+            begin_training(self)
         window = parts.accumulation
         divisor = window.steps if scale_wrt_gas else 1
         factor = parts.precision.scaler.scale * partition.loss_factor / divisor
