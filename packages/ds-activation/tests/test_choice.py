@@ -81,7 +81,7 @@ def test_the_choice_is_the_best_there_is(profile: ModelProfile, part: float) -> 
     assert best is not None
     assert found.peak_bytes <= budget
     assert found.extra_seconds == best.extra_seconds
-    assert (found.short_bytes, found.is_free) == (0, True)
+    assert (found.slack_bytes, found.is_per_block) == (0, True)
     assert brute(profile, least - 1) is None
 
 
@@ -93,7 +93,7 @@ def test_merging_costs_no_more_than_it_says(profile: ModelProfile, part: float, 
     budget = int(least + part * max(0, everything - least))
     found = solve(profile, budget, cap=cap)
     assert found.peak_bytes <= budget
-    with_less = brute(profile, budget - found.short_bytes)
+    with_less = brute(profile, budget - found.slack_bytes)
     assert with_less is None or found.extra_seconds <= with_less.extra_seconds
 
 
@@ -101,8 +101,8 @@ def test_merging_stays_within_five_percent_of_the_best() -> None:
     profile = doubled(12)
     budget = 80_000
     best, found = solve(profile, budget), solve(profile, budget, cap=200)
-    assert best.short_bytes == 0
-    assert 0 < found.short_bytes <= 0.02 * budget
+    assert best.slack_bytes == 0
+    assert 0 < found.slack_bytes <= 0.02 * budget
     assert best.extra_seconds == brute(profile, budget).extra_seconds  # type: ignore[union-attr]
     assert found.extra_seconds <= 1.05 * best.extra_seconds
 
@@ -120,8 +120,8 @@ def test_at_the_cap_nothing_is_merged_and_above_it_something_is() -> None:
     ways = len(Walk(profile, budget, CAP).run(lambda seconds, more, _: seconds + more))
     assert ways > 2**4
     at, above = (solve(profile, budget, cap=cap) for cap in (ways, ways - 1))
-    assert (at.short_bytes, at.extra_seconds) == (0, brute(profile, budget).extra_seconds)  # type: ignore[union-attr]
-    assert above.short_bytes > 0
+    assert (at.slack_bytes, at.extra_seconds) == (0, brute(profile, budget).extra_seconds)  # type: ignore[union-attr]
+    assert above.slack_bytes > 0
 
 
 def test_below_and_above_the_cap_of_the_solver() -> None:
@@ -139,11 +139,11 @@ def test_below_and_above_the_cap_of_the_solver() -> None:
                 return min(choice.extra_seconds for choice in every if choice.peak_bytes <= within)  # noqa: B023
 
             if count == 11 or part == 0.5:
-                assert (found.short_bytes, found.extra_seconds) == (0, best(budget))
+                assert (found.slack_bytes, found.extra_seconds) == (0, best(budget))
             else:
                 # Twelve blocks, and few ways that exceed the budget: more pairs than the cap.
-                assert 0 < found.short_bytes <= 0.01 * budget
-                assert found.extra_seconds <= best(budget - found.short_bytes)
+                assert 0 < found.slack_bytes <= 0.01 * budget
+                assert found.extra_seconds <= best(budget - found.slack_bytes)
 
 
 def test_many_blocks_stay_at_the_cap() -> None:
@@ -184,7 +184,7 @@ def test_many_blocks_called_again_decide_together() -> None:
     calls = tuple(replace(call, block=at % 8) for at, call in enumerate(profile.calls))
     looped = replace(profile, blocks=tuple("abcdefgh"), calls=calls)
     found = solve(looped, 1000)
-    assert not found.is_free
+    assert not found.is_per_block
     assert found.decisions == (RECOMPUTE,) * 8
     assert solve(looped, 10**6).decisions == (KEEP,) * 8
 
@@ -203,8 +203,8 @@ def test_more_open_storages_than_are_told_apart() -> None:
     profile = ModelProfile(tuple(map(str, range(2 * count))), (7,) * count, (*calls, *late), rest)
     found = solve(profile, 700)
     assert found.peak_bytes <= 700
-    assert found.short_bytes > 0
-    best = brute(profile, 700 - found.short_bytes)
+    assert found.slack_bytes > 0
+    best = brute(profile, 700 - found.slack_bytes)
     assert best is not None
     assert found.extra_seconds <= best.extra_seconds
 

@@ -16,7 +16,7 @@ def test_a_table() -> None:
         calls.append(Call(at, {KEEP: Cost(kept, kept), RECOMPUTE: Cost(Held(frozenset({at})), kept, 0.004)}))
     rest = (frozenset({0}), frozenset[int](), frozenset[int]())
     profile = ModelProfile(("h.0", "h.1"), (MIB, MIB), tuple(calls), rest)
-    choice = Choice((RECOMPUTE, KEEP), 5 * MIB, 6 * MIB, 0.004, short_bytes=MIB // 2)
+    choice = Choice((RECOMPUTE, KEEP), 5 * MIB, 6 * MIB, 0.004, slack_bytes=MIB // 2)
     lines = as_text(choice_table(profile, choice, 8 * MIB)).splitlines()
     rows = [line.split() for line in lines if line.strip().startswith("h.")]
     # The rest holds the first block's input anyway.

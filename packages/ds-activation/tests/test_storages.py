@@ -8,7 +8,7 @@ import weakref
 import torch
 from torch import nn
 
-from ds_activation.storages import Known, Saved, fixed_storages, storages_of
+from ds_activation.storages import SavedTensors, StorageNumbers, fixed_storages, storages_of
 
 
 def test_storages_of_views_containers_and_others() -> None:
@@ -28,7 +28,7 @@ def test_parameters_and_buffers_are_fixed() -> None:
 
 
 def test_numbers_last_as_long_as_storages() -> None:
-    known = Known()
+    known = StorageNumbers()
     kept = torch.zeros(8)
     assert known.number(kept.untyped_storage()) == 0
     numbers = set()
@@ -41,7 +41,7 @@ def test_numbers_last_as_long_as_storages() -> None:
 
 
 def test_what_autograd_lets_go_of_is_gone() -> None:
-    saved = Saved()
+    saved = SavedTensors()
     x = torch.ones(3, requires_grad=True)
     with saved.hooks():
         kept = x.exp()
@@ -59,7 +59,7 @@ def test_no_cycle_through_an_op_that_saves_its_own_result() -> None:
     gc.disable()
     try:
         for is_on in (True, False):
-            saved = Saved()
+            saved = SavedTensors()
             saved.is_on = is_on
             with saved.hooks():
                 result = torch.ones(3, requires_grad=True).tanh()
@@ -72,7 +72,7 @@ def test_no_cycle_through_an_op_that_saves_its_own_result() -> None:
 
 def test_second_derivatives_pass_through() -> None:
     x = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    with Saved().hooks():
+    with SavedTensors().hooks():
         y = x.tanh() * x
     (first,) = torch.autograd.grad(y, x, create_graph=True)
     (second,) = torch.autograd.grad(first, x)

@@ -97,9 +97,9 @@ class Choice:
     peak_bytes: int
     """The highest at the end of forward and at any point of backward."""
     extra_seconds: float
-    short_bytes: int = 0
+    slack_bytes: int = 0
     """No choice that stays this much below the budget takes less time; 0: none within the budget does."""
-    is_free: bool = True
+    is_per_block: bool = True
     """Whether every block could get a decision of its own."""
 
 
@@ -182,7 +182,7 @@ def solve(profile: ModelProfile, budget_bytes: int, *, cap: int = CAP) -> Choice
 
     The blocks are gone through in order with the set of (bytes so far, extra seconds) that no other pair beats, apart
     for what is counted already of the storages that come again. Exact, unless pairs had to be merged
-    (``Choice.short_bytes``) or blocks called several times had to decide alike (``Choice.is_free``).
+    (``Choice.slack_bytes``) or blocks called several times had to decide alike (``Choice.is_per_block``).
 
     Args:
         profile: of one forward.
@@ -197,7 +197,7 @@ def solve(profile: ModelProfile, budget_bytes: int, *, cap: int = CAP) -> Choice
     if not found:
         least = _least(profile)
         if least.peak_bytes <= budget_bytes:  # merged away
-            return replace(least, short_bytes=walk.short_bytes, is_free=walk.is_free)
+            return replace(least, slack_bytes=walk.slack_bytes, is_per_block=walk.is_per_block)
         raise ConfigError(
             f"saved activations take at least {least.peak_bytes} bytes with the blocks given, "
             f"the budget is {budget_bytes}",
@@ -206,7 +206,7 @@ def solve(profile: ModelProfile, budget_bytes: int, *, cap: int = CAP) -> Choice
         )
     best = min(found, key=lambda pair: (pair[1], pair[0]))
     choice = predict(profile, _decisions(profile, best[2]))
-    return replace(choice, short_bytes=walk.short_bytes, is_free=walk.is_free)
+    return replace(choice, slack_bytes=walk.slack_bytes, is_per_block=walk.is_per_block)
 
 
 def _decisions(profile: ModelProfile, path: Path) -> tuple[Decision, ...]:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from ds_activation.choice import Call, Cost, Decision, Held, ModelProfile
 from ds_activation.selective import selective_contexts
-from ds_activation.storages import Known, Saved, fixed_storages, storages_of
+from ds_activation.storages import SavedTensors, StorageNumbers, fixed_storages, storages_of
 from ds_activation.trial import Tally, as_before, seconds_per_byte, timed
 from ds_core.errors import EngineError
 
@@ -83,7 +83,7 @@ class Measurement:
         self._module, self._names, self._device = weakref.ref(module), tuple(names), device
         is_offered = device.type != "cpu" if can_offload is None else can_offload
         self._rates = seconds_per_byte(device) if is_offered else None
-        self._known, self._saved = Known(), Saved()
+        self._known, self._saved = StorageNumbers(), SavedTensors()
         self._calls: list[Call] = []
         self._fixed: frozenset[int] = frozenset()
         self._is_inside = False
@@ -144,10 +144,10 @@ class Measurement:
 
         def once(*contexts: Any) -> tuple[Any, float]:
             # With hooks of its own: those of a checkpoint around the block count what is saved.
-            with as_before(block, self._device), Saved().hooks():
+            with as_before(block, self._device), SavedTensors().hooks():
                 return timed(function, args, kwargs, self._device, contexts)
 
-        saved = Saved()
+        saved = SavedTensors()
         output, seconds = once(saved.hooks())
         if versions != [tensor._version for tensor in tensors]:
             raise EngineError(
@@ -161,7 +161,7 @@ class Measurement:
         result = _Measured(saves, min(seconds, once()[1]))
         # Results are kept from the first run to the second: what is changed in place in between is of no use.
         tally, (first, second) = Tally(), selective_contexts()
-        saved = Saved()
+        saved = SavedTensors()
         output, _ = once(saved.hooks(), tally, first)
         if not tally.is_changed:
             kept = self._sort(tally.results, output, tensors)
@@ -236,7 +236,7 @@ class _Sorted:
     own_bytes: int = 0
     """Of the rest, afterwards."""
 
-    def settle(self, known: Known) -> None:
+    def settle(self, known: StorageNumbers) -> None:
         """Find out, when the run and what it saved are gone, which storages are still there: they belong to others."""
         for reference, nbytes in self.inner:
             storage = reference()

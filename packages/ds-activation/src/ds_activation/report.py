@@ -95,10 +95,10 @@ def policy_table(points: Sequence[Point]) -> Table:
 
 def _caveats(choice: Choice) -> str | None:
     said = []
-    if choice.short_bytes:
-        short = f"{choice.short_bytes / _MIB:.2f} MiB"
+    if choice.slack_bytes:
+        short = f"{choice.slack_bytes / _MIB:.2f} MiB"
         said.append(f"as fast as any choice for a budget {short} smaller, for too many were to be compared for more")
-    if not choice.is_free:
+    if not choice.is_per_block:
         said.append("blocks that are called several times were taken together")
     return "; ".join(said) or None
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, UntypedStorage, nn
 
-__all__ = ["Known", "Saved", "fixed_storages", "storages_of"]
+__all__ = ["StorageNumbers", "SavedTensors", "fixed_storages", "storages_of"]
 
 
 def storages_of(*values: Any) -> Iterator[UntypedStorage]:
@@ -39,7 +39,7 @@ def fixed_storages(module: nn.Module) -> frozenset[int]:
     return frozenset(storage._cdata for storage in storages_of(*module.parameters(), *module.buffers()))
 
 
-class Known:
+class StorageNumbers:
     """Numbers storages from 0, as they are met."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Known:
         return known[1]
 
 
-class Saved:
+class SavedTensors:
     """Notes which tensors autograd saves while :meth:`hooks` is entered, for as long as it holds them."""
 
     def __init__(self) -> None:

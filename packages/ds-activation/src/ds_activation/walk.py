@@ -39,20 +39,20 @@ class Walk:
         cap: pairs above which those close to each other are merged.
 
     Attributes:
-        short_bytes: no way that stays this much below the limit has a better value than those found.
-        is_free: whether every block has a decision of its own.
+        slack_bytes: no way that stays this much below the limit has a better value than those found.
+        is_per_block: whether every block has a decision of its own.
     """
 
     def __init__(self, profile: ModelProfile, limit: int | None, cap: int) -> None:
         self.profile, self.limit, self.cap = profile, limit, cap
-        self.short_bytes = 0
+        self.slack_bytes = 0
         self._later = _later(profile)
         self._last = {call.block: at for at, call in enumerate(profile.calls)}
         again = {call.block for at, call in enumerate(profile.calls) if self._last[call.block] != at}
-        self.is_free = len(again) <= FREE_UNITS
+        self.is_per_block = len(again) <= FREE_UNITS
         # A number below 0 is no block: the decision of all that come again.
-        self._unit = {block: block if self.is_free else -1 for block in again}
-        if not self.is_free:
+        self._unit = {block: block if self.is_per_block else -1 for block in again}
+        if not self.is_per_block:
             self._last_of_all = max(self._last[block] for block in again)
 
     def run(self, value: Callable[[float, float, int], float]) -> list[Pair]:
@@ -119,7 +119,7 @@ class Walk:
         while sum(map(len, merged.values())) > max(self.cap, len(groups)):
             merged = {key: _merged(pairs, width) for key, pairs in groups.items()}
             width *= 2
-        self.short_bytes += width // 2
+        self.slack_bytes += width // 2
         return merged
 
     def _forget(self, groups: Mapping[_Key, list[Pair]]) -> dict[_Key, list[Pair]]:
@@ -127,7 +127,7 @@ class Walk:
         sets = [counted for counted, _ in groups]
         differing = frozenset.union(*sets) - frozenset.intersection(*sets)
         forgotten = min(differing, key=lambda at: (self.profile.storages[at], at))
-        self.short_bytes += self.profile.storages[forgotten]
+        self.slack_bytes += self.profile.storages[forgotten]
         found: dict[_Key, list[Pair]] = defaultdict(list)
         for (counted, taken), pairs in groups.items():
             found[counted - {forgotten}, taken] += pairs
