@@ -16,6 +16,7 @@ import torch
 
 from ds_core.comm import values_of_ranks
 from ds_core.errors import EngineError
+from ds_core.optim.per_element import is_per_element, of_whole_parameters, shapes_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -113,12 +114,13 @@ class _Fragment:
             return value.detach()
         return torch.tensor(value) if isinstance(value, (bool, int, float)) else None
 
-    def is_part(self, slot: Tensor) -> bool:
-        """Return whether ``slot`` is of this rank's elements, as a moment is; a step count is of the whole parameter.
-
-        By the rule that checkpoints follow, :func:`ds_core.optim.slots.slot_pieces`.
-        """
-        return slot.shape == self.piece.data.shape
+    def is_part(self, key: str, slot: Tensor) -> bool:
+        """Return whether ``slot`` is of this rank's elements, as a moment is, and not of the parameter as a whole."""
+        optimizer = self.engine.basic_optimizer
+        assert optimizer is not None
+        # What the other parameters have counts for one element alone, and looking at all of them takes its time.
+        others = shapes_in(optimizer.state) if slot.numel() == 1 else ()
+        return is_per_element(key, slot.shape, self.piece.data.shape, of_whole_parameters(others))
 
     def no_slot(self, key: str) -> EngineError:
         numbers = [name for name, value in self._state().items() if isinstance(value, (torch.Tensor, int, float))]
@@ -135,7 +137,7 @@ class _Fragment:
             EngineError: on every rank: a rank that should have it does not.
         """
         slot = self.slot(key)
-        is_part = slot is not None and self.is_part(slot)
+        is_part = slot is not None and self.is_part(key, slot)
         kept = None if slot is None or is_part else (slot.tolist(), slot.dtype)
         told = [(self.piece.chunk.length > 0, is_part, kept)]
         if self.partition.divides:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ds_core.errors import ConfigError
+from ds_core.optim.per_element import is_per_element, of_whole_parameters, shapes_in
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ def take_over(optimizer: torch.optim.Optimizer, partition: Partition) -> None:
     kept = [group for group in optimizer.param_groups if any(param.requires_grad for param in group["params"])]
     trained = [param for group in kept for param in group["params"] if param.requires_grad]
     piece_of = dict(zip(trained, partition.optimizer_pieces(), strict=True))
-    of_whole = _of_whole(optimizer.state)
+    of_whole = of_whole_parameters(shapes_in(optimizer.state))
     state: dict[Any, Any] = {}
     for key, value in optimizer.state.items():
         if not isinstance(key, torch.Tensor):
@@ -67,20 +68,8 @@ def check_updates(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str
         )
 
 
-def _of_whole(state: Mapping[Any, Any]) -> set[str]:
-    """Return the slots that belong to a parameter as a whole, as in ``slots``: ``step``, and by shape any other."""
-    return {"step"}.union(
-        slot
-        for param, of_param in state.items()
-        if isinstance(param, torch.Tensor)
-        for slot, value in of_param.items()
-        if isinstance(value, torch.Tensor) and value.shape != param.shape
-    )
-
-
 def _is_per_element(piece: Piece, slot: str, value: Any, of_whole: set[str]) -> bool:
-    is_like = isinstance(value, torch.Tensor) and value.shape == torch.Size(piece.of.shape)
-    return is_like and not (value.numel() == 1 and slot in of_whole)
+    return isinstance(value, torch.Tensor) and is_per_element(slot, value.shape, piece.of.shape, of_whole)
 
 
 def _cut(piece: Piece, slot: str, value: Any, of_whole: set[str]) -> Any:

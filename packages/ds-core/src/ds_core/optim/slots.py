@@ -1,9 +1,4 @@
-"""Optimizer state as logical tensors: what the optimizer keeps for a tensor has that tensor's name and chunk.
-
-Note: of elements, or of the whole. A slot of its tensor's shape has a value per element, such as a moment; one of
-another shape belongs to the parameter as a whole, such as a step count or a factor of rows. Where both have one element
-the shape does not tell; then a slot is what it is of the optimizer's other parameters, and ``step`` is a count.
-"""
+"""Optimizer state as logical tensors: what the optimizer keeps for a tensor has that tensor's name and chunk."""
 
 from __future__ import annotations
 
@@ -16,6 +11,7 @@ from ds_core.checkpoint.jsonable import decode, encode
 from ds_core.errors import CheckpointError, few
 from ds_core.interfaces.logical import BUFFER, GRADIENT, MASTER, WEIGHT, Chunk, LogicalTensor, Piece
 from ds_core.log import log_dist
+from ds_core.optim.per_element import is_per_element, of_whole_parameters, shapes_in
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -34,16 +30,10 @@ _NOT_OF_THE_CLASS = _OF_THIS_MACHINE | {"initial_lr", "max_lr", "min_lr", "max_m
 def slot_pieces(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> list[Piece]:
     """Return the tensors in the optimizer's state, each as a chunk of a logical tensor of kind <slot name>.
 
-    A slot of its parameter's shape has the parameter's chunk; one of another shape (a step count, a row factor)
-    belongs to the parameter as a whole.
+    One with a value per element has the chunk of its tensor; one of the parameter as a whole is stored once.
     """
     found = []
-    of_whole = {
-        slot
-        for piece in pieces
-        for slot, value in optimizer.state.get(piece.data, {}).items()
-        if isinstance(value, torch.Tensor) and value.shape != piece.data.shape
-    }
+    of_whole = of_whole_parameters(shapes_in(optimizer.state))
     for piece in pieces:
         for slot, value in optimizer.state.get(piece.data, {}).items():
             if not isinstance(value, torch.Tensor):
@@ -54,7 +44,7 @@ def slot_pieces(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> li
                     where=f"parameter {piece.of.name!r}",
                     fix=f"use another name than {', '.join(sorted(_RESERVED))}",
                 )
-            like_param = value.shape == piece.data.shape and not (value.numel() == 1 and slot in of_whole)
+            like_param = is_per_element(slot, value.shape, piece.data.shape, of_whole)
             shape = piece.of.shape if like_param else tuple(value.shape)
             of = LogicalTensor(piece.of.name, slot, shape, str(value.dtype).removeprefix("torch."))
             if like_param:
@@ -165,15 +155,15 @@ def restore_optimizer(
             ]
     wanted: list[Piece] = []
     by_name: dict[str, dict[str, Any]] = {}
-    of_whole = {"step"}.union(
-        of.kind for piece in pieces for of in slots.get(piece.of.name, ()) if of.shape != piece.of.shape
+    of_whole = of_whole_parameters(
+        (of.kind, of.shape, piece.of.shape) for piece in pieces for of in slots.get(piece.of.name, ())
     )
     for piece in pieces:
         state = by_name.setdefault(piece.of.name, {})
         if piece.data in elsewhere:
             continue
         for of in slots.get(piece.of.name, ()):
-            like_param = of.shape == piece.of.shape and not (of.numel == 1 and of.kind in of_whole)
+            like_param = is_per_element(of.kind, of.shape, piece.of.shape, of_whole)
             state[of.kind] = _empty_slot(of, piece, like_param=like_param)
             wanted.append(Piece(of, piece.chunk if like_param else Chunk.whole(of.shape), state[of.kind]))
         state.update({slot: decode(value) for slot, value in values.get(piece.of.name, {}).items()})
