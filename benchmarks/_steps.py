@@ -154,11 +154,11 @@ class Memory:
     kept: float
     """After the third step: weights, masters, optimizer state, and what else stays from one step to the next."""
     for_backward: float
-    """What the last forward left behind, its loss included: saved activations."""
+    """What the last forward left behind for its backward, the loss included: saved activations."""
 
 
 class _Forwards:
-    """Bytes that the last forward of the model left behind; it is watched while this is entered."""
+    """Bytes that the last forward of the model left for its backward; it is watched while this is entered."""
 
     def __init__(self, live_bytes: Callable[[], int]) -> None:
         self.left = self._before = 0
@@ -178,9 +178,12 @@ class _Forwards:
         if isinstance(module, Gpt):
             self._before = self._live_bytes()
 
-    def _end(self, module: nn.Module, inputs: object, output: object) -> None:
+    def _end(self, module: nn.Module, inputs: object, loss: Tensor) -> None:
         if isinstance(module, Gpt):
-            self.left = self._live_bytes() - self._before
+            loss.register_hook(self._backward_begins)  # autocast around the forward still has its casts here
+
+    def _backward_begins(self, gradient: Tensor) -> None:
+        self.left = self._live_bytes() - self._before
 
 
 def _memory_worker(ranks: Ranks, case: tuple[Setting, Build]) -> dict[str, Any]:
