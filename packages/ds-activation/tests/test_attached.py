@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fnmatch
 import gc
 import itertools
 import logging
@@ -14,10 +13,8 @@ from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import hypothesis
 import pytest
 import torch
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -30,13 +27,11 @@ from ds_activation.call import RecomputationError
 from ds_activation.choice import Decision, least_peak, predict, solve
 from ds_activation.forwards import CheckpointedForward, attach_forwards
 from ds_activation.profile import profile
-from ds_core import checkpointing
 from ds_core.config import load_config
 from ds_core.errors import ConfigError, EngineError
 from ds_core.testing.activation import ActivationContract
 from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being here
 from ds_core.testing.memory import LiveStorage
-from ds_core.testing.ranks import run_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -486,61 +481,6 @@ def test_the_choice_is_logged_as_a_table_and_reported(caplog: pytest.LogCaptureF
     assert "of 953.67" in table
 
 
-class Tree(nn.Module):
-    """Layers and branches of them in any order, residuals, layers that come again."""
-
-    def __init__(self, parts: list[Any]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(Tree(part) if isinstance(part, list) else LAYERS[part]() for part in parts)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for at, part in enumerate(self.parts):
-            y = part(x)
-            x = x + self.parts[0](y) if at % 3 == 2 else y
-        return x
-
-
-LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "linear": lambda: nn.Linear(6, 6),
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "norm": lambda: nn.LayerNorm(6),
-    "batch norm": lambda: nn.BatchNorm1d(6),
-    "dropout": lambda: nn.Dropout(0.4),
-}
-TREES = st.recursive(
-    st.lists(st.sampled_from(list(LAYERS)), min_size=1, max_size=5),
-    lambda inner: st.lists(inner | st.sampled_from(list(LAYERS)), min_size=1, max_size=4),
-    max_leaves=12,
-)
-
-
-@hypothesis.settings(max_examples=40, deadline=None)
-@hypothesis.given(TREES, st.lists(st.sampled_from(["Tree", "parts.0", "parts.*", "*.parts.1", "Linear"])), st.data())
-def test_any_tree_and_any_decisions(parts: list[Any], patterns: list[str], data: st.DataObject) -> None:
-    torch.manual_seed(0)
-    plain = Tree([*parts, ["linear", "tanh"]])
-    model = copy.deepcopy(plain)
-    names = [name for name, _ in model.named_modules()]
-    kinds = {type(module).__name__ for module in model.modules()}
-    patterns = [one for one in patterns if one in kinds or fnmatch.filter(names, one)] or ["parts.*"]
-    blocks = find_blocks(model, patterns)
-    x = torch.randn(4, 6)
-    found = profile(model, (x,), {}, blocks)
-    offered = [{Decision.KEEP, Decision.RECOMPUTE, Decision.OFFLOAD}.union(Decision) for _ in blocks]
-    for call in found.calls:
-        offered[call.block] &= {*call.costs, Decision.OFFLOAD}
-    decisions = [data.draw(st.sampled_from(sorted(some, key=lambda one: one.value))) for some in offered]
-    attach_forwards(blocks, decisions)
-    results = []
-    for one in (plain, model):
-        torch.manual_seed(2)
-        one(x).square().sum().backward()
-        results.append([*(param.grad for param in one.parameters()), *one.buffers(), torch.rand(2)])
-    for left, right in zip(*results, strict=True):
-        assert (left is None and right is None) or torch.equal(left, right)
-
-
 def test_eval_and_no_grad_are_plain_calls() -> None:
     model, plain = build("gpt").eval(), build("gpt").eval()
     attached = attach(model, policy="auto", memory_budget=10**9)
@@ -799,114 +739,8 @@ def test_auto_where_the_model_checkpoints_its_blocks_itself() -> None:
     assert equal(*found)
 
 
-def _chosen_on_a_rank() -> tuple[list[str], int]:
-    rank = torch.distributed.get_rank()
-    model = build("gpt")
-    config = section(policy="auto", memory_budget=400_000)
-    attached = DeepSpeedActivation().attach(model, config, torch.distributed.group.WORLD, CPU)
-    # Twice the tokens on the second rank: by itself it would choose otherwise.
-    torch.manual_seed(1)
-    with attached.active():
-        model(tokens(batch=2 + 2 * rank)).backward()
-    return [forward.decision.value for forward in attached._forwards], attached._choice.peak_bytes
-
-
-class ModelParallel:
-    """Both ranks hold one model together."""
-
-    def get_model_parallel_rank(self) -> int:
-        return torch.distributed.get_rank()
-
-    def get_model_parallel_world_size(self) -> int:
-        return torch.distributed.get_world_size()
-
-    def get_model_parallel_group(self) -> Any:
-        return torch.distributed.group.WORLD
-
-
-DIVIDED: dict[str, dict[str, Any]] = {
-    "slices": {"partition_activations": True},
-    "slices on the host": {"partition_activations": True, "cpu_checkpointing": True},
-    "slices in buffers": {
-        "partition_activations": True,
-        "contiguous_memory_optimization": True,
-        "number_checkpoints": 4,
-    },
-}
-
-
-def _trained_divided() -> dict[str, tuple[bool, int]]:
-    """Return whether an engine's weights are those without the section, and how many inputs were gathered."""
-    from ds_activation import kept
-
-    gathered: list[int] = []
-
-    def counted(mine: Tensor, place: Any) -> Tensor:
-        gathered.append(mine.numel())
-        return gather(mine, place)
-
-    gather, kept.gather = kept.gather, counted
-    checkpointing.configure(ModelParallel())
-    plain, found = _weights({}), {}
-    for what, flags in DIVIDED.items():
-        gathered.clear()
-        found[what] = equal(_weights({"policy": "full", **flags}), plain), len(gathered)
-    checkpointing.reset()
-    return found
-
-
-def _weights(keys: dict[str, Any]) -> list[Tensor]:
-    model = build("gpt")
-    config = {
-        "train_micro_batch_size_per_gpu": 4,
-        "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
-        "activation_checkpointing": keys,
-    }
-    engine = ds_core.initialize(model=model, config=config)[0]
-    torch.manual_seed(3)
-    for _ in range(3):
-        engine.backward(engine(tokens()))
-        engine.step()
-    engine.destroy()
-    return [param.detach().clone() for param in model.parameters()]
-
-
-@pytest.fixture(scope="module")
-def of_two_ranks() -> dict[str, list[Any]]:
-    functions = {"chosen": _chosen_on_a_rank, "divided": _trained_divided}
-    return dict(zip(functions, run_ranks(list(functions.values()), 2), strict=True))
-
-
-def test_two_ranks_choose_the_same(of_two_ranks: dict[str, list[Any]]) -> None:
-    first, second = of_two_ranks["chosen"]
-    assert first == second
-    assert first[1] <= 400_000
-    assert "keep" in first[0]
-    assert len(set(first[0])) > 1
-
-
-@pytest.mark.parametrize("what", DIVIDED)
-def test_engines_of_two_ranks_that_divide_inputs_have_the_same_weights(
-    of_two_ranks: dict[str, list[Any]], what: str
-) -> None:
-    for found in of_two_ranks["divided"]:
-        is_equal, gathered = found[what]
-        assert is_equal
-        assert gathered >= 3 * 4  # an input at least of each block in each step
-
-
-def test_an_engine_that_is_to_divide_without_an_mpu_says_what_to_do() -> None:
-    config = {
-        "train_micro_batch_size_per_gpu": 4,
-        "optimizer": {"type": "SGD"},
-        "activation_checkpointing": {"policy": "full", "partition_activations": True},
-    }
-    with pytest.raises(ConfigError, match=r"call checkpointing\.configure\(mpu\) before initialize"):
-        ds_core.initialize(model=build("gpt"), config=config)
-
-
 def test_ranks_that_did_different_things_recompute_all() -> None:
-    # By itself: the collective in between is that of the test above.
+    # By itself: the collective in between is in test_attached_ranks.py.
     from ds_activation.choice import merge
 
     assert merge([profiled("gpt", build("gpt")), profiled("mlp", build("mlp"))]) is None

@@ -1,20 +1,30 @@
-"""The forward that stands in for a block's own: what it does with caches, copies to the host, statistics."""
+"""The forward that stands in for a block's own: caches, copies to the host, statistics; any tree, any decisions."""
 
 from __future__ import annotations
 
 import copy
+import fnmatch
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
 from ds_activation import forwards as forwards_module
+from ds_activation.blocks import find_blocks
 from ds_activation.choice import Decision
 from ds_activation.forwards import attach_forwards
+from ds_activation.profile import profile
 from ds_core.errors import EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
 
 
 class Block(nn.Module):
@@ -180,3 +190,58 @@ def test_a_copy_of_a_copy_and_its_decision() -> None:
     other(torch.zeros(2, 6), 5)
     assert other.seen == (5, True)
     assert not hasattr(block, "seen")
+
+
+class Tree(nn.Module):
+    """Layers and branches of them in any order, residuals, layers that come again."""
+
+    def __init__(self, parts: list[Any]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(Tree(part) if isinstance(part, list) else LAYERS[part]() for part in parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for at, part in enumerate(self.parts):
+            y = part(x)
+            x = x + self.parts[0](y) if at % 3 == 2 else y
+        return x
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(6, 6),
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "norm": lambda: nn.LayerNorm(6),
+    "batch norm": lambda: nn.BatchNorm1d(6),
+    "dropout": lambda: nn.Dropout(0.4),
+}
+TREES = st.recursive(
+    st.lists(st.sampled_from(list(LAYERS)), min_size=1, max_size=5),
+    lambda inner: st.lists(inner | st.sampled_from(list(LAYERS)), min_size=1, max_size=4),
+    max_leaves=12,
+)
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(TREES, st.lists(st.sampled_from(["Tree", "parts.0", "parts.*", "*.parts.1", "Linear"])), st.data())
+def test_any_tree_and_any_decisions(parts: list[Any], patterns: list[str], data: st.DataObject) -> None:
+    torch.manual_seed(0)
+    plain = Tree([*parts, ["linear", "tanh"]])
+    model = copy.deepcopy(plain)
+    names = [name for name, _ in model.named_modules()]
+    kinds = {type(module).__name__ for module in model.modules()}
+    patterns = [one for one in patterns if one in kinds or fnmatch.filter(names, one)] or ["parts.*"]
+    blocks = find_blocks(model, patterns)
+    x = torch.randn(4, 6)
+    found = profile(model, (x,), {}, blocks)
+    offered = [{Decision.KEEP, Decision.RECOMPUTE, Decision.OFFLOAD}.union(Decision) for _ in blocks]
+    for call in found.calls:
+        offered[call.block] &= {*call.costs, Decision.OFFLOAD}
+    decisions = [data.draw(st.sampled_from(sorted(some, key=lambda one: one.value))) for some in offered]
+    attach_forwards(blocks, decisions)
+    results = []
+    for one in (plain, model):
+        torch.manual_seed(2)
+        one(x).square().sum().backward()
+        results.append([*(param.grad for param in one.parameters()), *one.buffers(), torch.rand(2)])
+    for left, right in zip(*results, strict=True):
+        assert (left is None and right is None) or torch.equal(left, right)
