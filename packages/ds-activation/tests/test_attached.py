@@ -713,6 +713,25 @@ def test_a_block_that_does_something_else_in_its_second_run_is_named(policy: str
         loss.backward()
 
 
+class InPlace(nn.Module):
+    """Changes the result of a product in place, which selective recomputation has kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(F.relu(self.linear(x), inplace=True).exp())
+
+
+def test_a_block_that_selective_recomputation_does_not_suit_is_named() -> None:
+    model = nn.Sequential(InPlace(), InPlace())
+    attach(model, policy="selective")
+    loss = model(torch.randn(3, 4)).sum()
+    with pytest.raises(EngineError, match="what was kept of the block '1'"):
+        loss.backward()
+
+
 class CheckpointsItself(nn.Module):
     def __init__(self) -> None:
         super().__init__()

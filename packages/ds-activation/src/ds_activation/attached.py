@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ds_activation import settings
-from ds_activation.blocks import find_blocks
+from ds_activation.blocks import find_blocks, places
 from ds_activation.call import checkpoint
 from ds_activation.choice import decide, merge, solve
 from ds_activation.forwards import attach_forwards
@@ -19,7 +19,7 @@ from ds_activation.profile import Measurement
 from ds_activation.report import as_text, choice_table, summary
 from ds_core.comm.together import values_of_ranks
 from ds_core.config.sections.activation import ActivationCheckpointingSection
-from ds_core.errors import ConfigError, few
+from ds_core.errors import ConfigError
 from ds_core.interfaces.activation import ActivationCheckpointing, Attached
 from ds_core.log import log_dist
 
@@ -107,7 +107,9 @@ class _AttachedPolicy(Attached):
         self._module = weakref.ref(module)
         blocks = find_blocks(module, section.modules)
         self._names = [name for name, _ in blocks]
-        log_dist(f"activation checkpointing: policy {section.policy} is for {len(blocks)} blocks: {few(self._names)}")
+        log_dist(
+            f"activation checkpointing: policy {section.policy} is for {len(blocks)} blocks: {places(self._names)}"
+        )
         self._forwards = attach_forwards(blocks, decide(section.policy, len(blocks), section.interval))
 
     def active(self) -> AbstractContextManager[object]:

@@ -15,7 +15,7 @@ from ds_activation import settings
 from ds_activation.call import run
 from ds_activation.choice import Decision
 from ds_activation.host_copies import Handle, host_copies
-from ds_activation.selective import selective_contexts, without_cached_casts
+from ds_activation.selective import explained_contexts, selective_contexts, without_cached_casts
 from ds_activation.storages import fixed_storages, storages_of
 from ds_core.errors import EngineError
 from ds_core.log import log_dist
@@ -98,7 +98,8 @@ class CheckpointedForward:
                 return function(*args, **kwargs)
         contexts = None
         if self.decision is Decision.SELECTIVE:
-            contexts, function = selective_contexts, without_cached_casts(function)
+            contexts = functools.partial(explained_contexts, self._name)
+            function = without_cached_casts(function)
         norms = _norms(self._block())
         if norms:
             contexts = functools.partial(_statistics_kept, norms, contexts)
@@ -177,9 +178,11 @@ class _Statistics:
         self._inner.__enter__()
 
     def __exit__(self, *exc: object) -> None:
-        self._inner.__exit__(*exc)
-        for buffer, before in self._before.pop():
-            buffer.data.copy_(before)
+        try:
+            self._inner.__exit__(*exc)
+        finally:
+            for buffer, before in self._before.pop():
+                buffer.data.copy_(before)
 
 
 _PLAIN = settings.Settings()

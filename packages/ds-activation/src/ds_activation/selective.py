@@ -67,20 +67,20 @@ def selective_contexts() -> tuple[Any, Any]:
     return contexts
 
 
-def explained_contexts() -> tuple[Any, Any]:
+def explained_contexts(name: str) -> tuple[Any, Any]:
     """Return :func:`selective_contexts` with errors that say what to do; not for what torch compiles.
 
-    They are of a kept result that was changed in place, and of a second backward.
+    They are of a kept result that was changed in place, and of a second backward; ``name`` is what they call the block.
     """
     first, second = selective_contexts()
-    return first, _Explained(second)
+    return first, _Explained(second, name)
 
 
 class _Explained:
     """The context of the second run, where torch finds that it has not what it needs. May be entered again."""
 
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
+    def __init__(self, inner: Any, name: str) -> None:
+        self._inner, self._name = inner, name
 
     def __enter__(self) -> None:
         self._inner.__enter__()
@@ -92,7 +92,7 @@ class _Explained:
         # Of no class of its own; those of the block's operations are raised elsewhere.
         if kind is RuntimeError and _raised_in(traceback) == torch.utils.checkpoint.__name__:
             raise EngineError(
-                f"what was kept of a block does not do to compute it again: {error}",
+                f"what was kept of {self._name} is no longer what computing it again needs: {error}",
                 where="activation checkpointing, backward through a block under selective recomputation",
                 fix='set policy to "full", or to "auto" where an operation changes the result of a product in place,'
                 ' or leave the block out of "modules"',
