@@ -85,7 +85,7 @@ def killed_save(folder: Path, rank: int, world_size: int, store: Path, tag: str)
     engine.load_checkpoint(folder)
     train_a_step(engine)
     if world_size > 1:
-        # Which rank makes the folder is a race, and with it every later operation would have another number in each run.
+        # Which rank makes the folder is a race, and with it every later operation would have another number each time.
         (folder / tag).mkdir(exist_ok=True)
     crash.ready()
     engine.save_checkpoint(folder, tag=tag, client_state={"step": 2})
