@@ -145,15 +145,22 @@ def in_buffers() -> str:
     return str(caught.value)
 
 
-def of_ranks_that_differ() -> str:
+def of_ranks_that_differ() -> list[str]:
     settings = Settings(partition_activations=True, mpu=Mpu(dist.get_world_size()))
-    x = torch.ones(9)
+    run(torch.exp, (torch.ones(9, requires_grad=True),), {}, settings, name="first")  # gets no backward
+    value, order, alike = torch.ones(9), torch.arange(1024.0), torch.ones(9)
     # Only in the slice of the last rank: what is gathered is that rank's own input.
-    x[-1] += dist.get_rank()
-    out = run(lambda h: h.exp().exp(), (x.requires_grad_(),), {}, settings)
-    with pytest.raises(EngineError) as caught:
-        out.sum().backward()
-    return str(caught.value)
+    value[-1] += dist.get_rank()
+    order = order.roll(512 * dist.get_rank())
+    texts = []
+    for x, name in ((value, "first"), (order, "first"), (alike, "first"), (value, "second")):
+        out = run(lambda h: h.exp().exp(), (x.requires_grad_(),), {}, settings, name=name)
+        try:
+            out.sum().backward()
+            texts.append("no error")
+        except EngineError as error:
+            texts.append(str(error))
+    return texts
 
 
 def of_a_group_of_another_size() -> str:
@@ -186,7 +193,12 @@ def test_two_ranks() -> None:
         assert each["whole"] - each["divided"] == 2 * 64 * 32 * 4 // 2
         assert each["whole"] - each["buffers"] == 2 * 64 * 32 * 4 // 2
     assert all("number_checkpoints is 2, and at least 3 checkpointed calls" in text for text in buffers)
-    assert all("the ranks have different ones" in text and "(9,)" in text for text in differing)
+    for value, order, alike, later in differing:
+        assert "the ranks have different ones" in value
+        assert "(9,)" in value
+        assert "the ranks have different ones" in order
+        assert alike == "no error"
+        assert "the ranks have different ones" in later, "a later layer that differs where the first did not"
     assert all("the mpu says 3 ranks, and its group has 2" in text for text in other_size)
 
 

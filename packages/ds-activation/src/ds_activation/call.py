@@ -152,7 +152,7 @@ class _Call:
     def has_kept(self) -> bool:
         return bool(self._kept)
 
-    def keep(self, leaves: list[Any], keep: Callable[[Tensor, int], Kept | None]) -> list[Any]:
+    def keep(self, leaves: list[Any], keep: Callable[[Tensor, int, str], Kept | None]) -> list[Any]:
         """Return ``leaves`` with empty tensors in place of those that are kept here."""
         given = list(leaves)
         seen: dict[int, Kept | None] = {}
@@ -160,7 +160,7 @@ class _Call:
             if not isinstance(leaf, Tensor):
                 continue
             if id(leaf) not in seen:
-                seen[id(leaf)] = keep(leaf, at)
+                seen[id(leaf)] = keep(leaf, at, self.name)
             kept = seen[id(leaf)]
             if kept is not None:
                 self._kept[at] = kept
@@ -222,8 +222,9 @@ def _naming(name: str) -> AbstractContextManager[Any]:
                 f"{name}, computed again in backward, is not what it was in the forward: "
                 + str(error).partition("\nTip:")[0].strip(),
                 where="activation checkpointing",
-                fix="let it do the same in both runs: nothing may depend on a counter, a cache, or random numbers of "
-                "Python or NumPy; torch.utils.checkpoint.set_checkpoint_debug_enabled(True) shows both, op by op",
+                fix="let it do the same in both runs (nothing may depend on a counter, a cache, or random numbers of "
+                "Python or NumPy), and read ctx.saved_tensors once in each backward of your own; "
+                "torch.utils.checkpoint.set_checkpoint_debug_enabled(True) shows both runs, op by op",
             ) from error
 
     return torch.autograd.graph.saved_tensors_hooks(pack, named)

@@ -6,6 +6,7 @@ import copy
 import functools
 import weakref
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ds_activation import settings
 from ds_activation.call import run
 from ds_activation.choice import Decision
+from ds_activation.copy_state import without_gaps
 from ds_activation.host_copies import Handle, host_copies
 from ds_activation.selective import explained_contexts, selective_contexts, without_cached_casts
 from ds_activation.storages import fixed_storages, storages_of
@@ -71,8 +73,8 @@ class CheckpointedForward:
             return function(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self._traced(function, args, kwargs)
-        args, kwargs = _without_caches(args, kwargs)
         block, measurement = self._block(), self.measurement
+        args, kwargs = _without_caches(args, kwargs, block, self._name)
         if measurement is None or block is None:
             return self._run(function, args, kwargs)
         return measurement.call(self.at, block, function, args, kwargs, self._run)
@@ -189,15 +191,27 @@ _PLAIN = settings.Settings()
 _told = False
 
 
-def _without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _without_caches(
+    args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module | None, name: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Leave out the caches of keys and values that transformers' models make by default, in training too.
 
     A block adds to the cache; computed again, it would add a second time. transformers' own checkpointing leaves them
     out too.
+
+    Raises:
+        EngineError: one has something for the block: a prefix, or keys of an earlier call.
     """
     global _told
-    if not any(map(_is_cache, (*args, *kwargs.values()))):
+    caches = [value for value in (*args, *kwargs.values()) if _is_cache(value)]
+    if not caches:
         return args, kwargs
+    if any(_is_filled(cache, block) for cache in caches):
+        raise EngineError(
+            f"{name} is given a cache that has keys and values already; computed again it would add to them twice",
+            where="activation checkpointing, a forward with gradients on",
+            fix='leave the block out of "modules", or call the model without past_key_values',
+        )
     if not _told:
         _told = True
         log_dist(
@@ -208,6 +222,13 @@ def _without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tupl
     if "use_cache" in named:
         named["use_cache"] = False
     return tuple(None if _is_cache(value) else value for value in args), named
+
+
+def _is_filled(cache: Any, block: nn.Module | None) -> bool:
+    """Return whether ``cache`` has keys for ``block``, not only for blocks without checkpointing, which add theirs."""
+    layers = (getattr(module, "layer_idx", None) for module in (() if block is None else block.modules()))
+    layer = next((layer for layer in layers if isinstance(layer, int)), 0)
+    return hasattr(cache, "get_seq_length") and bool(cache.get_seq_length(layer))
 
 
 def _is_cache(value: Any) -> bool:
@@ -230,11 +251,15 @@ def _offloaded(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         if not torch._C._has_storage(tensor) or not storages or any(one._cdata in stay for one in storages):
             return Handle(tensor)  # which sees whether it is changed; torch does not, where hooks are set
         storage = storages[0]
-        # What several ops save is copied once. A storage that is gone may have another in its place.
-        key = (storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
+        # What several ops save is copied once, also where it has other sizes: a product sees [B, T, D] as [B * T, D].
+        is_dense = without_gaps(tensor) is tensor
+        sizes = tensor.numel() if is_dense else (tensor.shape, tensor.stride())
+        flags = tensor.dtype, tensor.is_conj(), tensor.is_neg()
+        key = (storage._cdata, tensor.storage_offset(), sizes, flags, tensor._version)
         known = taken.get(key)
+        # A storage that is gone may have another in its place.
         if known is not None and known[0]() is not None:
-            return known[1]
+            return _View(known[1], tensor.shape, tensor.stride()) if is_dense else known[1]
         # No tensor stays: the budget counts on it.
         copies = copies or host_copies(tensor.device, keep_last=0)
         moved = copies.to_host(tensor)
@@ -243,6 +268,19 @@ def _offloaded(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
     with torch.autograd.graph.saved_tensors_hooks(pack, _fetch):
         yield
+
+
+@dataclass(frozen=True)
+class _View:
+    """What is on the host without gaps, seen with other sizes."""
+
+    handle: Handle
+    size: Sequence[int]
+    stride: Sequence[int]
+
+    def restore(self) -> Tensor:
+        tensor = self.handle.restore()
+        return tensor.as_strided(self.size, self.stride, tensor.storage_offset())
 
 
 def _fetch(packed: Any) -> Any:

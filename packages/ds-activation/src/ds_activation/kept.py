@@ -7,6 +7,7 @@ memory is kept without them.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 # torch 2.13 renamed it, and warns of the old name.
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_BLOCK = 1024
 
 __all__ = ["Buffers", "Keeping", "Kept", "gather", "is_activation", "part", "segment_numel"]
 
@@ -172,6 +175,8 @@ class _Stored:
     place: Place
     checksum: Tensor | None
     """Of the whole input, where it is to be compared with that of the other ranks."""
+    compared: Callable[[], None]
+    """Called once that was done."""
 
     def restore(self) -> Tensor:
         with torch.no_grad():
@@ -187,6 +192,7 @@ class _Stored:
                     fix="leave partition_activations off where activations are divided already (sequence parallelism), "
                     "or set tensor.no_checkpointing = True on those",
                 )
+            self.compared()
         return tensor.requires_grad_(self.requires_grad)
 
 
@@ -201,15 +207,16 @@ class Keeping:
     """For what stays on the device; None: each slice has memory of its own."""
     rows: int = 0
     """Of each buffer."""
-    checked: set[int] = field(default_factory=set)
-    """Positions of arguments for which it was checked once that the ranks have the same; added to."""
+    checked: set[tuple[object, ...]] = field(default_factory=set)
+    """Inputs (whose, position, sizes) for which it was checked once that the ranks have the same; added to."""
 
-    def keep(self, tensor: Tensor, position: int) -> Kept | None:
+    def keep(self, tensor: Tensor, position: int, call: str = "") -> Kept | None:
         """Return ``tensor`` as it is kept; None where that is as it is, which is by reference.
 
         Args:
             tensor: never written to.
             position: its place among the tensors of the call.
+            call: the name of what is called.
 
         Raises:
             ConfigError: there are not enough buffers.
@@ -225,12 +232,11 @@ class Keeping:
         with torch.no_grad():
             dense = without_gaps(tensor)
             flat = dense.as_strided((dense.numel(),), (1,))
-            checksum = None
-            if is_divided and position not in self.checked:
-                self.checked.add(position)
-                checksum = _checksum(flat)
+            key = (call, position, tensor.shape)
+            checksum = _checksum(flat) if is_divided and key not in self.checked else None
             fetch = self._stored(part(flat, self.place), position)
-        return _Stored(fetch, dense.shape, dense.stride(), tensor.requires_grad, self.place, checksum)
+        compared = functools.partial(self.checked.add, key)
+        return _Stored(fetch, dense.shape, dense.stride(), tensor.requires_grad, self.place, checksum, compared)
 
     def _stored(self, mine: Tensor, position: int) -> Callable[[], Tensor]:
         if self.on_host:
@@ -245,4 +251,8 @@ class Keeping:
 
 
 def _checksum(flat: Tensor) -> Tensor:
-    return flat.contiguous().view(torch.uint8).sum(dtype=torch.int64)
+    """Return a number of the bytes of ``flat`` that changes with the order of their blocks of 1 KiB, too."""
+    data = flat.contiguous().view(torch.uint8)
+    whole = data.numel() // _BLOCK * _BLOCK
+    sums = torch.cat([data[:whole].view(-1, _BLOCK).sum(1, dtype=torch.int64), data[whole:].sum().view(1)])
+    return (sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum()

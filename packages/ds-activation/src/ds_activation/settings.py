@@ -54,7 +54,7 @@ class Settings:
     profile: bool = False
     mpu: Any = None
     buffers: Buffers = field(default_factory=Buffers, init=False, repr=False, compare=False)
-    _checked: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
+    _checked: set[tuple[object, ...]] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.contiguous_memory_optimization:
