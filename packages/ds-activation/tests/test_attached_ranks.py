@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -47,6 +50,65 @@ def chosen() -> tuple[list[str], int, int]:
         model(torch.ones(16 if dist.get_rank() == 0 else 64, 8)).sum().backward()
     choice = attached._choice
     return [forward.decision.value for forward in attached._forwards], choice.peak_bytes, budget
+
+
+class Skipping(nn.Module):
+    """The second rank leaves the first block out; what is run is counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 8), nn.Tanh())
+            for _ in range(BLOCKS)
+        )
+        self.runs = 0
+        for block in self.blocks:
+            block[0].register_forward_hook(self._count)
+
+    def _count(self, *_: object) -> None:
+        self.runs += 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks[dist.get_rank() :]:
+            x = block(x)
+        return x.square().mean()
+
+
+class Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.levelname} {record.getMessage()}")
+
+
+def different() -> tuple[list[str], bool, int, list[str]]:
+    """Return decisions, whether all gradients are right, the runs of blocks in the second step, and the log."""
+    torch.manual_seed(0)
+    model = Skipping()
+    plain = copy.deepcopy(model)
+    config = load_config(
+        {"train_batch_size": 2, "activation_checkpointing": {"policy": "auto", "memory_budget": 10**9}}
+    )
+    log = Lines()
+    logging.getLogger("ds_core").addHandler(log)
+    attached = DeepSpeedActivation().attach(model, config, dist.group.WORLD, torch.device("cpu"))
+    is_equal = True
+    for seed in range(2):
+        for one, context in ((plain, nullcontext()), (model, attached.active())):
+            torch.manual_seed(seed)
+            one.zero_grad()
+            one.runs = 0
+            with context:
+                loss = one(torch.ones(4, 8))
+            loss.backward()
+        for expected, found in zip(plain.parameters(), model.parameters(), strict=True):
+            # Of the block that was left out there are none.
+            is_equal &= found.grad is None if expected.grad is None else torch.equal(expected.grad, found.grad)
+    logging.getLogger("ds_core").removeHandler(log)
+    assert plain.runs == BLOCKS - dist.get_rank()
+    return [forward.decision.value for forward in attached._forwards], is_equal, model.runs, log.lines
 
 
 class ModelParallel:
@@ -111,7 +173,7 @@ def weights(section: dict[str, Any]) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def of_ranks() -> dict[str, list[Any]]:
-    functions = {"chosen": chosen, "divided": trained_divided}
+    functions = {"chosen": chosen, "different": different, "divided": trained_divided}
     return dict(zip(functions, run_ranks(list(functions.values()), 2), strict=True))
 
 
@@ -122,6 +184,15 @@ def test_two_ranks_choose_the_same(of_ranks: dict[str, list[Any]]) -> None:
     assert peak_bytes <= budget
     assert "keep" in decisions
     assert len(set(decisions)) > 1
+
+
+def test_ranks_whose_first_forwards_were_different_compute_all_again(of_ranks: dict[str, list[Any]]) -> None:
+    for rank, (decisions, is_equal, runs, _) in enumerate(of_ranks["different"]):
+        assert decisions == ["recompute"] * BLOCKS
+        assert is_equal
+        assert runs == 2 * (BLOCKS - rank)
+    (told,) = [line for line in of_ranks["different"][0][3] if line.startswith("WARNING")]
+    assert told.endswith("all blocks are recomputed, the ranks' first forwards were different")
 
 
 @pytest.mark.parametrize("what", DIVIDED)

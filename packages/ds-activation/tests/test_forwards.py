@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import inspect
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
@@ -221,27 +222,40 @@ TREES = st.recursive(
 )
 
 
-@hypothesis.settings(max_examples=40, deadline=None)
-@hypothesis.given(TREES, st.lists(st.sampled_from(["Tree", "parts.0", "parts.*", "*.parts.1", "Linear"])), st.data())
-def test_any_tree_and_any_decisions(parts: list[Any], patterns: list[str], data: st.DataObject) -> None:
-    torch.manual_seed(0)
-    plain = Tree([*parts, ["linear", "tanh"]])
-    model = copy.deepcopy(plain)
-    names = [name for name, _ in model.named_modules()]
-    kinds = {type(module).__name__ for module in model.modules()}
-    patterns = [one for one in patterns if one in kinds or fnmatch.filter(names, one)] or ["parts.*"]
-    blocks = find_blocks(model, patterns)
-    x = torch.randn(4, 6)
-    found = profile(model, (x,), {}, blocks)
-    offered = [{Decision.KEEP, Decision.RECOMPUTE, Decision.OFFLOAD}.union(Decision) for _ in blocks]
-    for call in found.calls:
-        offered[call.block] &= {*call.costs, Decision.OFFLOAD}
-    decisions = [data.draw(st.sampled_from(sorted(some, key=lambda one: one.value))) for some in offered]
-    attach_forwards(blocks, decisions)
-    results = []
-    for one in (plain, model):
-        torch.manual_seed(2)
-        one(x).square().sum().backward()
-        results.append([*(param.grad for param in one.parameters()), *one.buffers(), torch.rand(2)])
-    for left, right in zip(*results, strict=True):
-        assert (left is None and right is None) or torch.equal(left, right)
+def test_any_tree_and_any_decisions(host: Host) -> None:
+    # Inside, so that one host is there for all examples.
+    @hypothesis.settings(max_examples=40, deadline=None)
+    @hypothesis.given(
+        TREES,
+        st.lists(st.sampled_from(["Tree", "parts.0", "parts.*", "*.parts.1", "Linear"])),
+        st.lists(st.sampled_from(list(Decision)), min_size=1, max_size=8),
+    )
+    @hypothesis.example(["dropout", "batch norm"], ["parts.*"], [Decision.OFFLOAD])
+    def check(parts: list[Any], patterns: list[str], wanted: list[Decision]) -> None:
+        torch.manual_seed(0)
+        plain = Tree([*parts, ["linear", "tanh"]])
+        model = copy.deepcopy(plain)
+        names = [name for name, _ in model.named_modules()]
+        kinds = {type(module).__name__ for module in model.modules()}
+        patterns = [one for one in patterns if one in kinds or fnmatch.filter(names, one)] or ["parts.*"]
+        blocks = find_blocks(model, patterns)
+        x = torch.randn(4, 6)
+        found = profile(model, (x,), {}, blocks)
+        offered = [set(Decision) for _ in blocks]
+        for call in found.calls:
+            offered[call.block] &= {*call.costs, Decision.OFFLOAD}
+        decisions = [
+            one if one in some else Decision.RECOMPUTE
+            for one, some in zip(itertools.cycle(wanted), offered, strict=False)
+        ]
+        attach_forwards(blocks, decisions)
+        results = []
+        for one in (plain, model):
+            torch.manual_seed(2)
+            one(x).square().sum().backward()
+            results.append([*(param.grad for param in one.parameters()), *one.buffers(), torch.rand(2)])
+        for left, right in zip(*results, strict=True):
+            assert (left is None and right is None) or torch.equal(left, right)
+
+    check()
+    assert host.sent

@@ -53,7 +53,12 @@ def profile(
         typer.Option("--device", help="Where to run, such as cuda or cpu. Default: where the model is."),
     ] = None,
 ) -> None:
-    """Run one forward; print the bytes each block saves, the time to compute it again, and what policies lead to."""
+    """Measure one forward; print the bytes each block saves, the time to compute it again, and what policies lead to.
+
+    In that forward each block runs about five times. The model is in training
+    mode and runs in its own dtype: without autocast, and without the precision
+    that an engine would give it.
+    """
     from rich.console import Console
 
     from ds_activation.curve import policies
