@@ -9,16 +9,13 @@ import itertools
 import logging
 import pickle
 import weakref
-from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 
 import ds_core
@@ -36,6 +33,7 @@ from ds_core.testing.fixtures import one_process  # noqa: F401 - in use by being
 from ds_core.testing.memory import LiveStorage
 
 if TYPE_CHECKING:
+    from collections import Counter
     from collections.abc import Callable
 
     from torch import Tensor
@@ -623,17 +621,8 @@ def test_no_policy_leaves_the_model_alone() -> None:
     assert attached.report() == {}
 
 
-def test_under_torch_compile() -> None:
-    backward: list[Counter[str]] = []
-
-    def forward_compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
-        return make_boxed_func(graph.forward)
-
-    def backward_compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
-        backward.append(Counter(str(node.target) for node in graph.graph.nodes))
-        return make_boxed_func(graph.forward)
-
-    backend = aot_autograd(fw_compiler=forward_compiler, bw_compiler=backward_compiler)
+def test_under_torch_compile(compiled_backwards: tuple[Any, list[Counter[str]]]) -> None:
+    backend, backwards = compiled_backwards
     for keys in ({}, {"policy": "full"}, {"policy": "auto", "memory_budget": 10**9}):
         model, plain = build("mlp").eval(), build("mlp").eval()  # eval: random numbers are drawn in another order
         attached = attach(model, **keys)
@@ -642,8 +631,8 @@ def test_under_torch_compile() -> None:
             assert equal(step("mlp", compiled, attached.active()), step("mlp", plain))
         torch.compiler.reset()
         # Those of a linear layer's forward; its gradients are products without a sum.
-        products = [ops["aten.addmm.default"] for ops in backward]
-        backward.clear()
+        products = [ops["aten.addmm.default"] for ops in backwards]
+        backwards.clear()
         assert products
         assert min(products) >= 5 if keys else max(products) == 0  # the first layer of each block
 

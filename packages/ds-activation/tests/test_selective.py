@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -109,23 +107,13 @@ def test_an_error_of_the_second_run_itself_arrives_as_it_is(kind: type[Exception
         out.sum().backward()
 
 
-def test_a_compiled_block_computes_no_product_again() -> None:
+def test_a_compiled_block_computes_no_product_again(compiled_backwards: tuple[Any, list[Counter[str]]]) -> None:
     """As under torch's own: in what is compiled for backward are the cheap operations, and the products' gradients."""
-    backward: list[Counter[str]] = []
-
-    def forward_compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
-        return make_boxed_func(graph.forward)
-
-    def backward_compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
-        backward.append(Counter(str(node.target) for node in graph.graph.nodes))
-        return make_boxed_func(graph.forward)
-
+    backend, backwards = compiled_backwards
     model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)) for _ in range(2)))
     x, found = torch.randn(3, 4), []
     attach_forwards(list(model.named_children()), [Decision.SELECTIVE] * 2)
-    compiled = torch.compile(
-        model, backend=aot_autograd(fw_compiler=forward_compiler, bw_compiler=backward_compiler), fullgraph=True
-    )
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     for one in (model, compiled):
         model.zero_grad()
         one(x).square().sum().backward()
@@ -133,6 +121,6 @@ def test_a_compiled_block_computes_no_product_again() -> None:
     torch.compiler.reset()
     for left, right in zip(*found, strict=True):
         torch.testing.assert_close(left, right)
-    (ops,) = backward
+    (ops,) = backwards
     assert ops["aten.addmm.default"] == 0  # of a linear layer's forward; its gradients are products without a sum
     assert (ops["aten.tanh.default"], ops["aten.tanh_backward.default"]) == (2, 2)
